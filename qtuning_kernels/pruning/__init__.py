@@ -1,0 +1,1 @@
+"""The pruning policy: pure functions on vectors of length B and T."""
