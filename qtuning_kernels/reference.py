@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-
-ALPHA_MAX_PERCENT = 49  # the bisection's upper end, α ≤ 0.49
+from qtuning_kernels.reference_policy import segment_means, select_tokens, triage_rank  # noqa: F401 - operators too
 
 
 def _scaled(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
