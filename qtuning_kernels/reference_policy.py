@@ -48,7 +48,7 @@ def _axis_keys(x: Tensor, eligible: Tensor, count: Tensor, never: int) -> tuple[
     return torch.where(turns_high, 2 * higher, never), torch.where(turns_low, 2 * lower + 1, never)
 
 
-def _normalised(x: Tensor, eligible: Tensor) -> Tensor:
+def min_max(x: Tensor, eligible: Tensor) -> Tensor:
     """Min–max over the eligible samples, float32; 0 everywhere on a constant axis."""
     lowest = x.masked_fill(~eligible, torch.inf).amin()
     span = x.masked_fill(~eligible, -torch.inf).amax() - lowest
@@ -105,7 +105,7 @@ def triage_rank(
     key_q4 = torch.maximum(low_ppl, high_entropy)
     key = torch.minimum(key_q2, key_q4)
 
-    ppl_hat, entropy_hat = _normalised(ppl, eligible), _normalised(entropy, eligible)
+    ppl_hat, entropy_hat = min_max(ppl, eligible), min_max(entropy, eligible)
     score = (ppl_hat - entropy_hat).abs()
     leans_q2 = (key_q2 < key_q4) | ((key_q2 == key_q4) & (ppl_hat > entropy_hat))
     corner = torch.where(leans_q2, 2, 4)
