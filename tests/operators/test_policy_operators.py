@@ -127,8 +127,8 @@ def test_segment_means(backend, lengths, dtype):
 
 
 def test_segment_means_accumulate_in_float64(backend):
-    """65,536 tokens at an offset of 10^4: a float32 running sum gives a mean that is off by 3.1. Here the error
-    is the one rounding to float32, half a unit in the last place at 2^13."""
+    """65,536 tokens at an offset of 10^4: a float32 running sum gives a mean that is off by 3.1. Here the
+    error is the one rounding to float32, half a unit in the last place at 2^13."""
     values = torch.rand(1, 2**16) + 1e4
     actual = _ops.segment_means(values, prefix_sum([2**16])).double().item()
     expected = math.fsum(values[0].tolist()) / 2**16
@@ -136,7 +136,7 @@ def test_segment_means_accumulate_in_float64(backend):
 
 
 def test_segment_means_stay_within_their_segment(backend):
-    """A prefix sum over all tokens would carry the NaN into all later segments, and lose the 1 beside 10^30."""
+    """A prefix sum over all tokens would carry the NaN into later segments, and lose the 1 beside 10^30."""
     values = torch.tensor([[math.nan, 1e30, 1.0, -math.inf, 2.0]])
     actual = _ops.segment_means(values, prefix_sum([1, 1, 1, 1, 1]))
     assert torch.equal(actual.nan_to_num(-1.0), values.nan_to_num(-1.0))
