@@ -111,6 +111,14 @@ def test_select_tokens_of_non_finite_scores(backend, keep_high):
     assert torch.equal(_ops.select_tokens(*arguments), reference_policy.select_tokens(*arguments))
 
 
+def test_nan_scores_tie_with_infinite_ones(backend):
+    """Scores ∞ ∞ NaN NaN NaN NaN NaN 1.5 1.5: a sort that puts NaN above ∞ would keep token 2 first."""
+    ppl = torch.tensor([5.0, math.inf, math.inf, math.nan, math.nan, math.nan, 1.0, 1.0, 1.0])
+    arguments = (ppl, prefix_sum([9]), torch.tensor([3]), 0.5)
+    assert _ops.select_tokens(*arguments, True, False).nonzero().flatten().tolist() == [0, 1, 2]
+    assert _ops.select_tokens(*arguments, False, False).nonzero().flatten().tolist() == [0, 7, 8]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", SEGMENTS, ids=str)
 def test_segment_means(backend, lengths, dtype):
@@ -140,3 +148,9 @@ def test_segment_means_stay_within_their_segment(backend):
     values = torch.tensor([[math.nan, 1e30, 1.0, -math.inf, 2.0]])
     actual = _ops.segment_means(values, prefix_sum([1, 1, 1, 1, 1]))
     assert torch.equal(actual.nan_to_num(-1.0), values.nan_to_num(-1.0))
+
+
+def test_segment_means_read_float64(backend):
+    """Rounding the values to float32 first would cancel to 0 here."""
+    values = torch.tensor([[1e10 + 1, -1e10]], dtype=torch.float64)
+    assert _ops.segment_means(values, prefix_sum([2])).item() == 0.5
