@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
+from qtuning_kernels.reference_policy import segment_means, select_tokens, triage_rank  # noqa: F401 - the others
 
 
 def _scaled(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
