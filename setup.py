@@ -5,6 +5,7 @@ from setuptools import setup
 setup(
     packages=[
         "qtuning_kernels",
+        "qtuning_kernels.commands",
         "qtuning_kernels.pruning",
         "qtuning_kernels.triton_kernels",
     ],

@@ -73,7 +73,7 @@ def read_records(data: str | Path, *, split: str = "train", config: str | None =
         records = _read_files([path], str(data))
     elif path.is_dir():
         records = _read_folder(path, split)
-    elif _reads_as_path(str(data)):
+    elif reads_as_path(str(data)):
         raise FileNotFoundError(f"data {str(data)!r}: no such file or folder")
     else:
         records = _from_dataset(_load_hub(str(data), split, config), str(data))
@@ -82,7 +82,7 @@ def read_records(data: str | Path, *, split: str = "train", config: str | None =
     return records
 
 
-def _reads_as_path(data: str) -> bool:
+def reads_as_path(data: str) -> bool:
     """Hub names are ``name`` or ``owner/name``; anything else can only have meant a path."""
     return data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix in SUFFIXES
 
