@@ -21,7 +21,7 @@ PHASE_COLOURS = dict(
 _LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
 
 
-def _theme(ink: str, grid: str, surface: str) -> dict:
+def _theme(ink: str, quiet: str, grid: str, surface: str) -> dict:
     axis = {"gridcolor": grid, "linecolor": grid, "zeroline": False, "automargin": True}
     layout = {
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": ink},
@@ -30,15 +30,17 @@ def _theme(ink: str, grid: str, surface: str) -> dict:
         "xaxis": axis,
         "yaxis": axis,
         "hoverlabel": {"bgcolor": surface, "bordercolor": grid, "font": {"color": ink}},
-        "legend": {"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0},
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
+        "colorway": [ink],
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": quiet, "activecolor": ink},
+        "margin": {"l": 56, "r": 12, "t": 36, "b": 48},
     }
     return go.layout.Template(layout=layout).to_plotly_json()
 
 
 THEMES = {
-    "light": _theme("#1b1f24", "#d8dee4", "#ffffff"),
-    "dark": _theme("#e6e9ec", "#39414a", "#1c2127"),
+    "light": _theme("#1b1f24", "#57606a", "#d8dee4", "#ffffff"),
+    "dark": _theme("#e6e9ec", "#a0aab4", "#39414a", "#1c2127"),
 }
 
 
@@ -81,7 +83,7 @@ def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number:
             "color": COLOURS[quadrant],
             "symbol": "circle" if keep else "x-thin-open",
             "size": 7 if keep else 6,
-            "opacity": 0.85 if keep else 0.6,
+            "opacity": 0.9 if keep else 0.7,
             "line": {"width": 1, "color": COLOURS[quadrant]},
         },
         hovertemplate="perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra>%{fullData.name}</extra>",
@@ -149,7 +151,8 @@ def shares_figure(curves: pd.DataFrame) -> go.Figure:
             name=name,
             stackgroup="quadrants",
             mode="lines",
-            line={"width": 0.5, "color": COLOURS[quadrant]},
+            line={"width": 0, "color": COLOURS[quadrant]},
+            fillcolor=COLOURS[quadrant],
             hovertemplate="%{y:.1%}",
         )
     figure.add_scatter(
@@ -157,7 +160,7 @@ def shares_figure(curves: pd.DataFrame) -> go.Figure:
         y=curves.supplemented.to_numpy(),
         name="supplemented, of the kept",
         mode="lines",
-        line={"width": 2, "color": "#F0E442", "dash": "dot"},
+        line={"width": 2, "dash": "dot"},  # in the theme's ink
         hovertemplate="%{y:.1%}",
     )
     figure.update_layout(
@@ -222,7 +225,8 @@ def time_figure(curves: pd.DataFrame) -> go.Figure:
             name=name,
             stackgroup="phases",
             mode="lines",
-            line={"width": 0.5, "color": PHASE_COLOURS[phase]},
+            line={"width": 0, "color": PHASE_COLOURS[phase]},
+            fillcolor=PHASE_COLOURS[phase],
             hovertemplate="%{y:.3g} s",
         )
     figure.update_layout(

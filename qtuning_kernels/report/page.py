@@ -121,7 +121,7 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
         "quadrants": summary.QUADRANTS,
         "phases": summary.PHASES,
         "bins": len(curves),
-        "charts": set(charts),
+        "heights": _heights(charts),
         "has_texts": len(record.texts) > 0,
         "tokens": token_list,
         "tokens_left": token_rest,
@@ -146,7 +146,7 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "quadrants": summary.QUADRANTS,
         "phases": summary.PHASES,
         "bins": 0,
-        "charts": set(parts["figures"]),
+        "heights": _heights(parts["figures"]),
         "has_texts": len(text_table) > 0,
         "tokens": [],
         "tokens_left": 0,
@@ -155,6 +155,12 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "pictures": _links(files, folder),
         "data": _script_json({**parts["data"], "figures": figures.as_json(parts["figures"])}),
     }
+
+
+def _heights(charts: dict[str, Any]) -> dict[str, int]:
+    """The height in pixels of each chart that has something to draw, which the page reserves beforehand."""
+    each = {name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()}
+    return {name: figure.layout.height for name, figure in each.items() if figure}
 
 
 def _links(files: list[Path], folder: Path) -> list[str]:
@@ -184,6 +190,8 @@ def _missing(record: Record) -> list[str]:
     notices = []
     for name, table in (("sample", record.samples), ("step", record.steps)):
         empty = [column for column in table.columns if len(table) and table[column].isna().all()]
+        if table.alpha.notna().any() if "alpha" in table else False:
+            empty = [column for column in empty if column not in plane.THRESHOLDS]  # they follow from alpha
         if empty:
             notices.append(f"Not recorded per {name}: {', '.join(empty)}.")
     return notices

@@ -11,7 +11,7 @@ from qtuning_kernels.report.summary import on_plane
 MAX_FRAMES = 24  # positions of the slider, beside the whole run
 MAX_POINTS = 60_000  # of one frame
 MAX_POINTS_TOTAL = 240_000  # of all stretches together: about 8 MB
-_THRESHOLDS = ("ppl_low", "ppl_high", "entropy_low", "entropy_high")
+THRESHOLDS = ("ppl_low", "ppl_high", "entropy_low", "entropy_high")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def quantile(values: np.ndarray, gamma: float) -> float:
 
 def step_thresholds(samples: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     """The thresholds of each step's pool: as recorded, else the quantiles at the recorded `alpha`."""
-    table = steps.set_index("step")[[*_THRESHOLDS, "alpha"]].astype(float)
-    unknown = table[list(_THRESHOLDS)].isna().any(axis=1) & table.alpha.notna()
+    table = steps.set_index("step")[[*THRESHOLDS, "alpha"]].astype(float)
+    unknown = table[list(THRESHOLDS)].isna().any(axis=1) & table.alpha.notna()
     placed = samples[on_plane(samples) & samples.step.isin(table.index[unknown])]
     for step, pool in placed.groupby("step"):
         alpha = table.at[step, "alpha"]
@@ -51,7 +51,7 @@ def step_thresholds(samples: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
             for name, gamma in ((f"{axis}_low", alpha), (f"{axis}_high", 1 - alpha)):
                 if math.isnan(table.at[step, name]):
                     table.at[step, name] = quantile(values, gamma)
-    return table[list(_THRESHOLDS)]
+    return table[list(THRESHOLDS)]
 
 
 def _frame(label: str, rows: pd.DataFrame, thresholds: pd.DataFrame, limit: int) -> Frame:

@@ -164,7 +164,8 @@ def fate_numbers(table: pd.DataFrame) -> list[Number]:
         ("sometimes_kept", "kept at times", len(table) - never - always),
     ):
         numbers.append(Number(key, label, count))
-        numbers.append(Number(f"share_{key}", label, _ratio(count, len(table)), "share"))
+        share = _ratio(count, len(table))
+        numbers.append(Number(f"share_{key}", "of the distinct samples", share, "share"))
     return numbers
 
 

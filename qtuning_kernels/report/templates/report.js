@@ -3,7 +3,16 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const narrow = window.matchMedia("(max-width: 760px)");
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: narrow.matches ? false : "hover",
+    modeBarButtonsToRemove: ["select2d", "lasso2d"],
+    plotGlPixelRatio: Math.min(2, window.devicePixelRatio || 1),
+    // newer versions of Plotly offer to send the data to its makers' server
+    showSendToCloud: false,
+    plotlyServerURL: "",
+  };
 
   const webgl = (() => {
     try {
@@ -44,14 +53,9 @@
   };
 
   let theme = window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const layoutOf = (figure) => ({ ...figure.layout, template: data.themes[theme], autosize: true });
-
-  const planeLayout = (figure) => {
-    const layout = layoutOf(figure);
-    if (narrow.matches) {
-      layout.height = 620;
-      layout.legend = { ...(layout.legend || {}), font: { size: 11 }, itemwidth: 30 };
-    }
+  const layoutOf = (figure) => {
+    const layout = { ...figure.layout, template: data.themes[theme], autosize: true };
+    if (narrow.matches) layout.height += 18 * figure.data.length; // the legend has one entry a line there
     return layout;
   };
 
@@ -71,7 +75,7 @@
     }
     if (frame.pools > 1) parts.push(`Thresholds: medians of ${frame.pools.toLocaleString("en")} pools.`);
     byId("frame-note").textContent = parts.join(" ");
-    return Plotly.react("chart-plane", traces, planeLayout(frames[current]), config);
+    return Plotly.react("chart-plane", traces, layoutOf(frames[current]), config);
   };
 
   const line = (className, text) => {
@@ -98,10 +102,23 @@
     byId("hovered").replaceChildren(...lines);
   };
 
-  const drawOthers = () =>
-    Object.entries(data.figures)
-      .filter(([name]) => name !== "plane")
-      .map(([name, figure]) => Plotly.react(`chart-${name}`, figure.data, layoutOf(figure), config));
+  // the other charts are drawn when they come near the window
+  const drawn = new Set();
+  const drawOther = (name) => {
+    const figure = data.figures[name];
+    drawn.add(name);
+    return Plotly.react(`chart-${name}`, figure.data, layoutOf(figure), config);
+  };
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        near.unobserve(entry.target);
+        drawOther(entry.target.id.replace("chart-", ""));
+      }
+    },
+    { rootMargin: "400px" },
+  );
 
   const applyTheme = () => {
     document.documentElement.dataset.theme = theme;
@@ -111,7 +128,7 @@
     theme = theme === "dark" ? "light" : "dark";
     applyTheme();
     if (frames.length) drawPlane();
-    drawOthers();
+    drawn.forEach(drawOther);
   });
   applyTheme();
 
@@ -135,9 +152,9 @@
   };
   document.querySelectorAll("section:has(input[type=search])").forEach(search);
 
-  const finish = async () => {
-    await Promise.all(drawOthers());
+  const finish = () => {
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
+    document.querySelectorAll(".chart:not(#chart-plane)").forEach((chart) => near.observe(chart));
   };
   if (!frames.length) {
     finish();
