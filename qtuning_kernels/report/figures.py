@@ -11,7 +11,7 @@ import plotly.io as pio
 from plotly.subplots import make_subplots
 
 from qtuning_kernels.report.plane import Frame
-from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number
+from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number, truth
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness
 COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
@@ -64,7 +64,7 @@ def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
 
 
 def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
-    kept = points.keep.fillna(False).astype(bool)
+    kept = truth(points.keep)
     return points[(points.quadrant == quadrant) & (kept if keep else ~kept)]
 
 
@@ -74,7 +74,6 @@ def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number:
     counts = points[["step", "kept_tokens", "num_tokens"]].fillna(-1).to_numpy(np.int32)
     return go.Scattergl(
         name=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
-        uid=f"q{quadrant}{'k' if keep else 'd'}",
         x=points.ppl.to_numpy(np.float32),
         y=points.entropy.to_numpy(np.float32),
         customdata=np.column_stack([numbers, counts]),

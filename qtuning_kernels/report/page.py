@@ -76,7 +76,7 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
             "label": frame.label,
             "shown": len(frame.points),
             "total": frame.total,
-            "pools": frame.pools,
+            "steps": frame.steps,
             "thresholds": frame.thresholds,
         }
         for frame in frame_list
@@ -159,7 +159,9 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
 
 def _heights(charts: dict[str, Any]) -> dict[str, int]:
     """The height in pixels of each chart that has something to draw, which the page reserves beforehand."""
-    each = {name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()}
+    each = {
+        name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()
+    }
     return {name: figure.layout.height for name, figure in each.items() if figure}
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from qtuning_kernels.report.figures import COLOURS, PHASE_COLOURS
 from qtuning_kernels.report.plane import Frame
-from qtuning_kernels.report.summary import PHASES, QUADRANTS
+from qtuning_kernels.report.summary import PHASES, QUADRANTS, truth
 
 _SIZE = (6.4, 4.4)  # inches
 
@@ -34,7 +34,7 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 def plane_picture(frame: Frame, folder: Path) -> list[Path]:
     """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
     figure, axes = _axes("perplexity", "mean entropy (nats)")
-    kept = frame.points.keep.fillna(False).astype(bool)
+    kept = truth(frame.points.keep)
     for quadrant, name in QUADRANTS.items():
         for keep in (False, True):
             points = frame.points[(frame.points.quadrant == quadrant) & (kept if keep else ~kept)]

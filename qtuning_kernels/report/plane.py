@@ -22,15 +22,15 @@ class Frame:
         label: the steps that it covers.
         points: one row per sample, where it stood when it was scored last within these steps.
         total: how many samples there were before thinning.
-        thresholds: the medians of the pools' thresholds; without those that are unknown.
-        pools: how many pools (steps) the thresholds are of.
+        thresholds: the medians of the steps' thresholds; without those that are unknown.
+        steps: how many steps the thresholds are of.
     """
 
     label: str
     points: pd.DataFrame
     total: int
     thresholds: dict[str, float]
-    pools: int
+    steps: int
 
 
 def quantile(values: np.ndarray, gamma: float) -> float:
@@ -40,7 +40,7 @@ def quantile(values: np.ndarray, gamma: float) -> float:
 
 
 def step_thresholds(samples: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
-    """The thresholds of each step's pool: as recorded, else the quantiles at the recorded `alpha`."""
+    """The thresholds of each step: as recorded, else the quantiles of its samples at the recorded `alpha`."""
     table = steps.set_index("step")[[*THRESHOLDS, "alpha"]].astype(float)
     unknown = table[list(THRESHOLDS)].isna().any(axis=1) & table.alpha.notna()
     placed = samples[on_plane(samples) & samples.step.isin(table.index[unknown])]

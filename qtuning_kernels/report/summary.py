@@ -75,8 +75,13 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
 
 
+def truth(column: pd.Series) -> pd.Series:
+    """A column of true and false, where what is missing is false."""
+    return column.eq(True)
+
+
 def _count(mask: pd.Series) -> int:
-    return int(mask.fillna(False).astype(bool).sum())
+    return int(truth(mask).sum())
 
 
 def on_plane(samples: pd.DataFrame) -> pd.Series:
@@ -104,13 +109,13 @@ def selection_numbers(samples: pd.DataFrame) -> list[Number]:
     supplemented = _count(samples.supplemented)
     seen_tokens, kept_tokens = _total(samples.num_tokens), _total(samples.kept_tokens)
     return [
-        Number("samples_seen", "samples scored", len(samples)),
+        Number("samples_seen", "samples seen", len(samples)),
         Number("samples_distinct", "distinct samples", samples.id.nunique()),
         Number("samples_kept", "samples kept", kept),
-        Number("share_samples_kept", "of the scored samples", _ratio(kept, len(samples)), "share"),
+        Number("share_samples_kept", "of the samples seen", _ratio(kept, len(samples)), "share"),
         Number("samples_supplemented", "supplemented samples", supplemented),
         Number("share_supplemented", "of the kept samples", _ratio(supplemented, kept), "share"),
-        Number("tokens_seen", "answer tokens scored", seen_tokens),
+        Number("tokens_seen", "answer tokens seen", seen_tokens),
         Number("tokens_kept", "answer tokens trained on", kept_tokens),
         Number("share_tokens_kept", "of the answer tokens", _ratio(kept_tokens, seen_tokens), "share"),
     ]
@@ -129,7 +134,7 @@ def cost_numbers(steps: pd.DataFrame, tokens_seen: float | None) -> list[Number]
         Number("loss_last", "loss, last step", float(loss.iloc[-1]) if len(loss) else None, "plain"),
         Number("seconds_total", "time in the steps", total, "seconds"),
         Number("seconds_per_step", "per step", _ratio(total, len(steps)), "seconds"),
-        Number("tokens_per_second", "answer tokens scored per second", _ratio(tokens_seen, total)),
+        Number("tokens_per_second", "answer tokens seen per second", _ratio(tokens_seen, total)),
         Number("tokens_scored", "positions read by the scoring forward", _total(steps.tokens_scored)),
         Number("flops_spent", "FLOPs spent", spent, "flops"),
         Number("flops_full", "FLOPs on full data", full, "flops"),
@@ -148,7 +153,7 @@ def cost_numbers(steps: pd.DataFrame, tokens_seen: float | None) -> list[Number]
 
 def fates(samples: pd.DataFrame) -> pd.DataFrame:
     """One row per distinct sample: times ``seen`` and ``kept``, last ``ppl``, ``entropy``, ``quadrant``."""
-    keep = samples.keep.fillna(False).astype(bool)
+    keep = truth(samples.keep)
     groups = samples.assign(keep=keep).groupby("id", sort=False)
     table = groups[["ppl", "entropy", "quadrant"]].last()
     table["seen"], table["kept"] = groups.size(), groups.keep.sum()
@@ -212,8 +217,8 @@ def over_time(record: Record) -> pd.DataFrame:
     size = samples.groupby(sample_bin).size()
     for quadrant in QUADRANTS:
         curves[f"q{quadrant}"] = (samples.quadrant == quadrant).groupby(sample_bin).sum() / size
-    kept = samples.keep.fillna(False).astype(bool).groupby(sample_bin).sum()
-    supplemented = samples.supplemented.fillna(False).astype(bool).groupby(sample_bin).sum()
+    kept = truth(samples.keep).groupby(sample_bin).sum()
+    supplemented = truth(samples.supplemented).groupby(sample_bin).sum()
     curves["supplemented"] = supplemented / kept.where(kept > 0)
 
     placed = samples[on_plane(samples)]

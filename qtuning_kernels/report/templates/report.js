@@ -73,7 +73,7 @@
     } else {
       parts.push(`${frame.total.toLocaleString("en")} samples, each where it was scored last.`);
     }
-    if (frame.pools > 1) parts.push(`Thresholds: medians of ${frame.pools.toLocaleString("en")} pools.`);
+    if (frame.steps > 1) parts.push(`Thresholds: medians of ${frame.steps.toLocaleString("en")} steps.`);
     byId("frame-note").textContent = parts.join(" ");
     return Plotly.react("chart-plane", traces, layoutOf(frames[current]), config);
   };
