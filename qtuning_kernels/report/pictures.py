@@ -18,7 +18,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
         temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix[1:], dpi=200, bbox_inches="tight")
+        figure.savefig(temporary, format=path.suffix[1:], dpi=200)
         temporary.replace(path)
     return paths
 
