@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = options.model_source(arguments)
     records, samples, report = options.load_data(arguments, options.load_tokenizer(source))
     tags = options.tags(arguments, records)
-    console.print(str(report), highlight=False, markup=False)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     model = options.load_model(source)
     options.check_vocabulary(samples, model)
     table = score_table(model, samples, arguments, console)
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups)
     )
-    console.print(f"{len(rows)} samples in {arguments.output}", highlight=False)
+    console.print(f"{len(rows)} samples in {arguments.output}", highlight=False, soft_wrap=True)
 
 
 def score_table(model: Any, samples: Any, arguments: argparse.Namespace, console: Any) -> Any:
