@@ -92,8 +92,7 @@ setup(
         "qtuning_kernels.triton_kernels",
     ],
     # another distribution owns the import name `triton_kernels`, so the folder installs inside the package
-    package_data={"qtuning_kernels.report": ["templates/*"]},
     package_dir={"qtuning_kernels.triton_kernels": "triton_kernels"},
-    package_data={"qtuning_kernels": [RECORD.name]},
+    package_data={"qtuning_kernels": [RECORD.name], "qtuning_kernels.report": ["templates/*"]},
     **({} if reason else extension()),
 )
