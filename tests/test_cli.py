@@ -176,7 +176,8 @@ def test_score_writes_the_plane(options, data, tmp_path, capsys):
     output = tmp_path / "planes" / "plane.parquet"
     assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0
     table = pq.read_table(output)
-    assert table.column_names == ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted"]
+    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted", "prompt", "answer"]
+    assert table.column_names == names
     columns = table.to_pydict()
     assert columns["sample_id"] == list(range(24))
     assert columns["planted"] == [row["planted"] for row in ROWS]
