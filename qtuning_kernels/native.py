@@ -40,6 +40,9 @@ token_stats_backward_ = _operators.token_stats_backward_.default
 linear_token_stats = _operators.linear_token_stats.default
 linear_token_stats_backward = _operators.linear_token_stats_backward.default
 linear_cross_entropy = _operators.linear_cross_entropy.default
+segment_means = _operators.segment_means.default
+triage_rank = _operators.triage_rank.default
+select_tokens = _operators.select_tokens.default
 
 vector_exp = _operators.exp.default  # float32 in and out; for tests
 workspace_bytes_held = _operators.workspace_bytes_held.default  # for tests

@@ -40,6 +40,15 @@ Tensor gather(const Head& head, const std::vector<int64_t>& rows, int64_t first,
   return wrap(buffer, count, head.size, head.hidden);
 }
 
+// Columns [start, start + n) of hidden @ weight.T + bias, rounded once, as F.linear rounds them.
+void project(const Head& head, Tensor& logits, const Tensor& hidden, int64_t start, int64_t n) {
+  const Tensor weight = head.weight.narrow(0, start, n).t();
+  if (head.bias.defined())
+    at::cpu::addmm_out(logits, head.bias.narrow(0, start, n), hidden, weight);
+  else
+    at::cpu::mm_out(logits, hidden, weight);
+}
+
 int64_t even_chunk(int64_t total, int64_t limit) {
   const int64_t chunks = (total + limit - 1) / limit;
   return (total + chunks - 1) / chunks;
@@ -54,12 +63,11 @@ void fold_columns(const Head& head, const Labels& labels, const int64_t* rows, i
       const char* x = static_cast<const char*>(logits) + i * stride * head.element;
       for (int64_t done = 0; done < n; done += kSegment) {
         const int64_t length = std::min(kSegment, n - done);
-        stats[i] = merge(stats[i], k.fold(head.dtype, x + done * head.element, head.bias_at(start + done), length,
-                                          head.scaling));
+        stats[i] = merge(stats[i], k.fold(head.dtype, x + done * head.element, length, head.scaling));
       }
       const int64_t label = labels[rows[i]];
       if (label >= start && label < start + n)
-        label_logits[i] = k.logit(head.dtype, x + (label - start) * head.element, head.bias_at(label), head.scaling);
+        label_logits[i] = k.logit(head.dtype, x + (label - start) * head.element, head.scaling);
     }
   });
 }
@@ -101,7 +109,7 @@ void head_stats(const Head& head, const Labels& labels, const std::vector<int64_
     for (int64_t start = 0; start < head.vocabulary; start += width) {
       const int64_t n = std::min(width, head.vocabulary - start);
       Tensor logits = wrap(tile, count, n, head.hidden);
-      at::cpu::mm_out(logits, hidden, head.weight.narrow(0, start, n).t());
+      project(head, logits, hidden, start, n);
       fold_columns(head, labels, rows.data() + first, count, tile, n, start, n, stats, label_logits);
     }
     for (int64_t i = 0; i < count; ++i) on_stats(first + i, stats[i], label_logits[i]);
@@ -111,12 +119,12 @@ void head_stats(const Head& head, const Labels& labels, const std::vector<int64_
 Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector<int64_t>& rows, bool fold,
                        const RowUpstream& upstream, std::array<bool, 3> needs) {
   const int64_t total = static_cast<int64_t>(rows.size());
-  const Tensor none = at::empty({0}, head.hidden.options());
+  const auto none = [&] { return at::empty({0}, head.hidden.options()); };
   const bool dense = total == head.hidden.size(0);
-  Tensor grad_hidden = !needs[0] ? none : dense ? at::empty_like(head.hidden) : at::zeros_like(head.hidden);
+  Tensor grad_hidden = !needs[0] ? none() : dense ? at::empty_like(head.hidden) : at::zeros_like(head.hidden);
   needs[2] = needs[2] && head.bias.defined();
   if (total == 0) {
-    return {grad_hidden, needs[1] ? at::zeros_like(head.weight) : none, needs[2] ? at::zeros_like(head.bias) : none};
+    return {grad_hidden, needs[1] ? at::zeros_like(head.weight) : none(), needs[2] ? at::zeros_like(head.bias) : none()};
   }
 
   const int64_t limit = std::max<int64_t>(16, kChunkBytes / (head.vocabulary * head.element));
@@ -124,11 +132,11 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
   const bool one_chunk = chunk == total;
   const bool low_precision = head.element == 2;
   const auto real = head.hidden.options().dtype(stats_type(head.hidden));
-  Tensor grad_weight = needs[1] ? at::empty_like(head.weight) : none;
+  Tensor grad_weight = needs[1] ? at::empty_like(head.weight) : none();
   // several chunks of a low-precision gradient are summed in float32, and rounded once
   const bool separate_sum = needs[1] && low_precision && !one_chunk;
   Tensor weight_sum = separate_sum ? at::zeros(head.weight.sizes(), real) : grad_weight;
-  Tensor bias_sum = needs[2] ? at::zeros({head.vocabulary}, real) : none;
+  Tensor bias_sum = needs[2] ? at::zeros({head.vocabulary}, real) : none();
 
   const int64_t part_rows = std::min(head.vocabulary, std::max<int64_t>(1, kTileElements / head.size));
   Workspace workspace(padded(chunk * head.vocabulary * head.element) +
@@ -149,7 +157,7 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
     const int64_t count = std::min(chunk, total - first);
     const Tensor hidden = gather(head, rows, first, count, gathered);
     Tensor logits = wrap(logits_data, count, head.vocabulary, head.hidden);
-    at::cpu::mm_out(logits, hidden, head.weight.t());
+    project(head, logits, hidden, 0, head.vocabulary);
     std::fill_n(stats, count, empty_stats<double>());
     std::fill_n(label_logits, count, NAN);
     if (fold)
@@ -161,7 +169,7 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t i = unit / pieces, row = rows[first + i], start = unit % pieces * kSegment;
         char* x = logits_data + (i * head.vocabulary + start) * head.element;
-        gradient_piece(head.dtype, x, head.bias_at(start), x, start, std::min(kSegment, head.vocabulary - start),
+        gradient_piece(head.dtype, x, x, start, std::min(kSegment, head.vocabulary - start),
                        labels[row], labels.possible(row), head.scaling, gradients[i]);
       }
     });
@@ -212,7 +220,7 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
       k.round(head.dtype, sum + begin * head.size, to + begin * head.size * head.element, (end - begin) * head.size);
     });
   }
-  return {grad_hidden, grad_weight, needs[2] ? bias_sum.to(head.hidden.scalar_type()) : none};
+  return {grad_hidden, grad_weight, needs[2] ? bias_sum.to(head.hidden.scalar_type()) : none()};
 }
 
 }  // namespace qt
