@@ -129,3 +129,30 @@ def test_close_gives_the_terminal_back_after_an_error():
     panel.close()
     panel.close()
     assert console.file.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_figures_reach_tensorboard(tmp_path, monkeypatch):
+    """`Trainer`'s own integration writes what the trainer logs; it needs nothing of ours."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from transformers import TrainingArguments
+
+    from qtuning_kernels import QTuningTrainer
+    from tests.tiny import tiny_model, tiny_samples
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1,
+        report_to="tensorboard", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    QTuningTrainer(tiny_model(), arguments, train_dataset=tiny_samples(8)).train()
+    files = list(tmp_path.rglob("events.out.tfevents*"))
+    tags = {
+        value.tag
+        for file in files
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    expected = {"q1", "q2", "q3", "q4", "kept_tokens", "tokens_per_second", "seconds_score", "seconds_train"}
+    assert {f"train/qtuning/{name}" for name in expected} <= tags
