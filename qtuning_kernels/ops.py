@@ -43,8 +43,7 @@ SCHEMAS = {
     # per-segment mean of each row of values [C, T]: -> float32 [C, B], NaN for an empty segment
     "segment_means": "(Tensor values, Tensor cu_seqlens) -> Tensor",
     # stage 1: -> quadrant int8, role int8, keep bool, kept_index int64 [k], supplemented bool, alpha
-    "triage_rank": "(Tensor ppl, Tensor entropy, int k)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "triage_rank": "(Tensor ppl, Tensor entropy, int k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # stage 2: the num_keep[b] tokens of each segment with the lowest (or highest) neighbour score -> bool [T]
     "select_tokens": "(Tensor ppl, Tensor cu_seqlens, Tensor num_keep, float neighbor_weight,"
     " bool keep_high, bool neighbor_mean) -> Tensor",
@@ -101,7 +100,9 @@ def _choose(device_type: str, forced: str) -> str:
             raise ValueError(f"QTUNING_BACKEND={forced!r} is not a backend; accepted: {', '.join(BACKENDS)}")
         if reason := unavailable_reason(forced):
             raise BackendUnavailableError(f"QTUNING_BACKEND={forced} cannot be used: {reason}")
-        interpreted = forced == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = (
+            forced == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        )
         if forced not in ("reference", *_SERVES.get(device_type, ())) and not interpreted:
             serving = ", ".join(_SERVES.get(device_type, ("reference",)))
             hint = "; triton serves cpu under TRITON_INTERPRET=1" if forced == "triton" else ""
@@ -172,7 +173,9 @@ def _fake_triage_rank(ppl, entropy, k):
 
 _FAKES = {
     "token_stats": _fake_token_stats,
-    "token_stats_backward": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    "token_stats_backward": lambda logits, *_: torch.empty_like(
+        logits, memory_format=torch.contiguous_format
+    ),
     "token_stats_backward_": lambda *_: None,
     "linear_token_stats": _fake_linear_token_stats,
     "linear_token_stats_backward": _fake_linear_token_stats_backward,
