@@ -1,6 +1,22 @@
 """Q-Tuning: fine-tune on the samples and tokens that teach, with kernels that read the logits once."""
 
+from qtuning_kernels.config import QTuningConfig
+from qtuning_kernels.functional import TokenStats, linear_cross_entropy, linear_token_stats, token_stats
 from qtuning_kernels.ops import BackendUnavailableError, backend
+from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "backend"]
+__all__ = [
+    "BackendUnavailableError",
+    "EUPlane",
+    "QTuningConfig",
+    "TokenStats",
+    "Triage",
+    "backend",
+    "eu_plane",
+    "linear_cross_entropy",
+    "linear_token_stats",
+    "prune_tokens",
+    "token_stats",
+    "triage_samples",
+]

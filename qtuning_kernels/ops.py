@@ -70,7 +70,7 @@ def _table(name: str) -> dict[str, Callable] | BackendUnavailableError:
             from qtuning_kernels import triton_kernels as module
     except BackendUnavailableError as error:
         return error
-    return {operator: getattr(module, operator) for operator in SCHEMAS}
+    return {operator: getattr(module, operator, None) for operator in SCHEMAS}
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -104,10 +104,10 @@ def _choose(device_type: str, forced: str) -> str:
             forced == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         )
         if forced not in ("reference", *_SERVES.get(device_type, ())) and not interpreted:
-            serving = ", ".join(_SERVES.get(device_type, ("reference",)))
+            accepted = ", ".join(_SERVES.get(device_type, ("reference",)))
             hint = "; triton serves cpu under TRITON_INTERPRET=1" if forced == "triton" else ""
             raise BackendUnavailableError(
-                f"QTUNING_BACKEND={forced} does not serve device {device_type!r}; accepted there: {serving}{hint}"
+                f"QTUNING_BACKEND={forced} does not serve device {device_type!r}; accepted: {accepted}{hint}"
             )
         return forced
     candidates = _SERVES.get(device_type, ("reference",))
@@ -123,7 +123,7 @@ def _choose(device_type: str, forced: str) -> str:
 
 
 def _dispatcher(operator: str) -> Callable:
-    def call(*args):  # noqa: ANN002 - the schema is the signature
+    def call(*args):
         chosen = _choose(args[0].device.type, os.environ.get("QTUNING_BACKEND", ""))
         return _table(chosen)[operator](*args)
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-
-ALPHA_MAX_PERCENT = 49  # the bisection's upper end, α ≤ 0.49
+from qtuning_kernels.reference_policy import segment_means, select_tokens, triage_rank  # noqa: F401 - the others
 
 
 def _scaled(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
@@ -106,13 +105,12 @@ def linear_token_stats(
 def _project_backward(
     grad_logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = hidden.new_empty(0)
     # a row that is exactly 0 must stay so against a non-finite hidden state
     dead = (grad_logits == 0).all(-1, keepdim=True)
     return (
-        grad_logits @ weight if needs[0] else none,
-        grad_logits.T @ hidden.masked_fill(dead, 0.0) if needs[1] else none,
-        grad_logits.sum(0) if needs[2] and bias is not None else none,
+        grad_logits @ weight if needs[0] else hidden.new_empty(0),
+        grad_logits.T @ hidden.masked_fill(dead, 0.0) if needs[1] else hidden.new_empty(0),
+        grad_logits.sum(0) if needs[2] and bias is not None else hidden.new_empty(0),
     )
 
 

@@ -1,0 +1,101 @@
+"""The settings of Q-Tuning: one frozen dataclass, validated on creation."""
+
+from dataclasses import dataclass
+
+from qtuning_kernels.arguments import check_choice, check_count, check_flag, check_ratio, check_weight
+from qtuning_kernels.pruning.tokens import NEIGHBOR_REDUCTIONS, TOKEN_ORDERS
+from qtuning_kernels.pruning.triage import TRIAGE_METHODS
+
+TOKEN_MODES = ("mask", "drop")
+SCORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "model")
+STEPS = ("auto", "rescore", "reuse")
+SELECTION_SCOPES = ("global", "rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QTuningConfig:
+    """How samples and tokens are pruned, and how a training step goes about it.
+
+    The defaults are the paper's smallest budget, 12.5 % of the samples and 50 % of the tokens.
+
+    Args:
+        sample_ratio: share of a selection pool that is kept, in (0, 1] (decision a).
+        token_ratio: share of the tokens of a kept Q2 sample that is trained on, in (0, 1] (decision e).
+        neighbor_weight: λ in [0, 1], how much the two neighbours count in a token's score (eq. 7).
+        token_mode: what becomes of pruned tokens: ``"mask"`` takes them out of the loss, ``"drop"`` out of
+            the sequence too.
+        token_order: ``"keep_low"`` scores, or ``"keep_high"`` for the reversed ablation (decision e).
+        neighbor_reduction: the neighbours' ``"sum"`` or ``"mean"`` (decision g).
+        triage_method: ``"rank"``, the closed form, or ``"bisect"``, the paper's loop.
+        micro_batch_tokens: most tokens, prompts and padding included, in one training forward and backward. A
+            longer sample goes alone.
+        score_batch_tokens: the same for one forward of the scoring pass, which keeps no graph.
+        score_dtype: precision of the scoring pass: ``"model"`` as the weights are, ``"float32"``,
+            ``"bfloat16"``, ``"int8"`` (dynamic, CPU), or ``"auto"``, which takes bfloat16 where the processor
+            computes in it.
+        step: ``"rescore"`` scores the pool without a graph, then trains on the kept part; ``"reuse"`` keeps
+            the graph of the scoring forward and goes back through the kept part; ``"auto"`` chooses.
+        rescore_every: epochs from one scoring of a sample to the next. Above 1 the recorded scores of an
+            earlier epoch select in between.
+        selection_scope: with several processes, whether the pools of all are one (``"global"``), or each
+            process selects from its own (``"rank"``).
+        record: write one row per sample and step next to the checkpoints.
+        record_tokens: number of samples per run, a seeded choice, whose tokens are recorded one by one.
+
+    Raises:
+        TypeError, ValueError: a value that is not accepted, or two that exclude each other; the message names
+            them.
+    """
+
+    sample_ratio: float = 0.125
+    token_ratio: float = 0.5
+    neighbor_weight: float = 0.5
+    token_mode: str = "mask"
+    token_order: str = "keep_low"
+    neighbor_reduction: str = "sum"
+    triage_method: str = "rank"
+    micro_batch_tokens: int = 4096
+    score_batch_tokens: int = 8192
+    score_dtype: str = "auto"
+    step: str = "auto"
+    rescore_every: int = 1
+    selection_scope: str = "global"
+    record: bool = True
+    record_tokens: int = 64
+
+    def __post_init__(self):
+        check_ratio("sample_ratio", self.sample_ratio)
+        check_ratio("token_ratio", self.token_ratio)
+        check_weight("neighbor_weight", self.neighbor_weight)
+        check_choice("token_mode", self.token_mode, TOKEN_MODES)
+        check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        check_choice("neighbor_reduction", self.neighbor_reduction, NEIGHBOR_REDUCTIONS)
+        check_choice("triage_method", self.triage_method, TRIAGE_METHODS)
+        check_count("micro_batch_tokens", self.micro_batch_tokens, 1)
+        check_count("score_batch_tokens", self.score_batch_tokens, 1)
+        check_choice("score_dtype", self.score_dtype, SCORE_DTYPES)
+        check_choice("step", self.step, STEPS)
+        check_count("rescore_every", self.rescore_every, 1)
+        check_choice("selection_scope", self.selection_scope, SELECTION_SCOPES)
+        check_flag("record", self.record)
+        check_count("record_tokens", self.record_tokens, 0)
+        if self.step == "reuse":
+            self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        """The scoring forward is the training forward, so it has to be one that training can use."""
+        if self.token_mode == "drop":
+            raise ValueError(
+                "step is 'reuse' and token_mode is 'drop'; accepted with 'reuse': 'mask', because a sequence "
+                "without its pruned tokens needs a forward of its own"
+            )
+        if self.score_dtype not in ("auto", "model"):
+            raise ValueError(
+                f"step is 'reuse' and score_dtype is {self.score_dtype!r}; accepted with 'reuse': 'auto' or "
+                "'model', because one forward serves both"
+            )
+        if self.rescore_every > 1:
+            raise ValueError(
+                f"step is 'reuse' and rescore_every is {self.rescore_every}; accepted with 'reuse': 1, "
+                "because it scores in the forward that it trains from"
+            )

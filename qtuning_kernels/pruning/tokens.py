@@ -1,0 +1,79 @@
+"""Stage 2: which tokens of the kept samples are trained on."""
+
+import torch
+from torch import Tensor
+
+from qtuning_kernels.arguments import (
+    FLOATS,
+    check_choice,
+    check_cu_seqlens,
+    check_ratio,
+    check_same_length,
+    check_vector,
+    check_weight,
+)
+from qtuning_kernels.pruning.budget import keep_counts
+from qtuning_kernels.pruning.triage import Triage
+
+TOKEN_ORDERS = ("keep_low", "keep_high")
+NEIGHBOR_REDUCTIONS = ("sum", "mean")
+
+# a score is at most twice the largest perplexity, and 2·e^88 = 3.3e38 is still below float32's 3.4e38
+MAX_NLL = 88.0
+
+
+def prune_tokens(
+    nll: Tensor,
+    cu_seqlens: Tensor,
+    triage: Triage,
+    keep_ratio: float,
+    *,
+    neighbor_weight: float = 0.5,
+    order: str = "keep_low",
+    neighbor_reduction: str = "sum",
+) -> Tensor:
+    """The tokens to train on: part of each Q2 sample, all of each Q4 sample (eq. 7; Alg. 1, lines 22–32).
+
+    Of a kept sample with role 2 and n trainable tokens, the ``max(1, ⌊keep_ratio · n⌋)`` with the lowest
+    score ``(1−λ) PPL_i + λ (PPL_(i−1) + PPL_(i+1))`` stay, equal scores in favour of the earlier token
+    (decisions e to g). ``PPL_i = exp(min(nll_i, 88))``, so that no score overflows float32. The product with
+    the ratio is taken in float64 with a relative headroom of 2^-51, so that 0.29 of 100 tokens are 29.
+
+    Args:
+        nll: float32 or float64 ``[T]``, negative log-likelihood in nats of the trainable tokens, sample by
+            sample.
+        cu_seqlens: int32 ``[B+1]``, prefix sum of trainable tokens per sample, from 0 to T.
+        triage: the result of `triage_samples` for the same B samples; its `role` decides.
+        keep_ratio: share of the tokens of a role-2 sample to keep, in (0, 1].
+        neighbor_weight: λ in [0, 1].
+        order: ``"keep_low"``, or ``"keep_high"`` for the reversed ablation (decision e).
+        neighbor_reduction: ``"sum"`` of the two neighbours, or their ``"mean"`` (decision g).
+
+    Returns:
+        bool ``[T]``, False for every token of a sample that is not kept.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, ratio, weight or choice; on a CPU also values of
+            `cu_seqlens` that are no prefix sum.
+    """
+    check_vector("nll", nll, FLOATS)
+    check_cu_seqlens(cu_seqlens, nll)
+    check_vector("triage.role", triage.role, (torch.int8,), like=nll)
+    check_same_length("triage.role", triage.role, cu_seqlens.shape[0] - 1, "one per segment of cu_seqlens")
+    check_ratio("keep_ratio", keep_ratio)
+    check_weight("neighbor_weight", neighbor_weight)
+    check_choice("order", order, TOKEN_ORDERS)
+    check_choice("neighbor_reduction", neighbor_reduction, NEIGHBOR_REDUCTIONS)
+
+    lengths = cu_seqlens.diff().to(torch.int64)
+    whole = torch.where(triage.role == 4, lengths, 0)
+    num_keep = torch.where(triage.role == 2, keep_counts(keep_ratio, lengths), whole)  # [B]
+    ppl = nll.detach().float().clamp(max=MAX_NLL).exp()
+    return torch.ops.qtuning_kernels.select_tokens(
+        ppl.contiguous(),
+        cu_seqlens.contiguous(),
+        num_keep,
+        float(neighbor_weight),
+        order == "keep_high",
+        neighbor_reduction == "mean",
+    )
