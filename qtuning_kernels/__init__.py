@@ -1,15 +1,21 @@
 """Q-Tuning: fine-tune on the samples and tokens that teach, with kernels that read the logits once."""
 
+from typing import TYPE_CHECKING, Any
+
 from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.functional import TokenStats, linear_cross_entropy, linear_token_stats, token_stats
 from qtuning_kernels.ops import BackendUnavailableError, backend
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
+
+if TYPE_CHECKING:
+    from qtuning_kernels.trainer import QTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "EUPlane",
     "QTuningConfig",
+    "QTuningTrainer",
     "TokenStats",
     "Triage",
     "backend",
@@ -20,3 +26,11 @@ __all__ = [
     "token_stats",
     "triage_samples",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QTuningTrainer":  # imports transformers, which users of the kernels need not have loaded
+        from qtuning_kernels.trainer import QTuningTrainer
+
+        return QTuningTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

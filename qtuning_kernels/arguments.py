@@ -1,7 +1,5 @@
 """Checks of arguments: every message names the argument, the value that came and what is accepted."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -54,30 +52,27 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
         at = int((cu_seqlens.diff() < 0).int().argmax())
         pair = cu_seqlens[at : at + 2].tolist()
         raise ValueError(
-            f"cu_seqlens falls from {pair[0]} to {pair[1]} at entry {at + 1}; accepted: no descent"
+            f"cu_seqlens falls from {pair[0]} to {pair[1]} at entry {at + 1}; accepted: non-decreasing"
         )
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}; accepted: a number")
 
 
 def check_ratio(name: str, value: float) -> None:
     """Raise unless `value` is a number in (0, 1]."""
-    check_number(name, value)
+    _check_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} is {value!r}; accepted: a number in (0, 1]")
 
 
 def check_weight(name: str, value: float) -> None:
     """Raise unless `value` is a number in [0, 1]."""
-    check_number(name, value)
+    _check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value!r}; accepted: a number in [0, 1]")
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise unless `value` is a finite number (and not a boolean)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is {value!r}; accepted: a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; accepted: a finite number")
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -7,7 +7,7 @@ from qtuning_kernels.pruning.tokens import NEIGHBOR_REDUCTIONS, TOKEN_ORDERS
 from qtuning_kernels.pruning.triage import TRIAGE_METHODS
 
 TOKEN_MODES = ("mask", "drop")
-SCORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "model")
+SCORE_DTYPES = ("auto", "float32", "bfloat16", "model")
 STEPS = ("auto", "rescore", "reuse")
 SELECTION_SCOPES = ("global", "rank")
 
@@ -31,8 +31,7 @@ class QTuningConfig:
             longer sample goes alone.
         score_batch_tokens: the same for one forward of the scoring pass, which keeps no graph.
         score_dtype: precision of the scoring pass: ``"model"`` as the weights are, ``"float32"``,
-            ``"bfloat16"``, ``"int8"`` (dynamic, CPU), or ``"auto"``, which takes bfloat16 where the processor
-            computes in it.
+            ``"bfloat16"``, or ``"auto"``, which takes bfloat16 where the processor computes in it.
         step: ``"rescore"`` scores the pool without a graph, then trains on the kept part; ``"reuse"`` keeps
             the graph of the scoring forward and goes back through the kept part; ``"auto"`` chooses.
         rescore_every: epochs from one scoring of a sample to the next. Above 1 the recorded scores of an

@@ -70,7 +70,7 @@ def _table(name: str) -> dict[str, Callable] | BackendUnavailableError:
             from qtuning_kernels import triton_kernels as module
     except BackendUnavailableError as error:
         return error
-    return {operator: getattr(module, operator, None) for operator in SCHEMAS}
+    return {operator: getattr(module, operator) for operator in SCHEMAS}
 
 
 def unavailable_reason(name: str) -> str | None:

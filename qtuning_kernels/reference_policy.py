@@ -136,6 +136,17 @@ def triage_rank(
     )
 
 
+def neighbor_scores(ppl: Tensor, cu_seqlens: Tensor, neighbor_weight: float, neighbor_mean: bool) -> Tensor:
+    """float32 ``[T]``, eq. 7 as `select_tokens` states it; arguments as there, T and B at least 1."""
+    ppl = ppl.float()
+    position = torch.arange(ppl.shape[0], device=ppl.device)
+    segment = _segment_of(cu_seqlens, ppl.shape[0]).clamp(max=cu_seqlens.shape[0] - 2)
+    before = torch.where(position > cu_seqlens[segment], ppl.roll(1), ppl)
+    after = torch.where(position + 1 < cu_seqlens[segment + 1], ppl.roll(-1), ppl)
+    around = (before + after) * 0.5 if neighbor_mean else before + after
+    return ppl * (1.0 - neighbor_weight) + around * neighbor_weight
+
+
 def select_tokens(
     ppl: Tensor,
     cu_seqlens: Tensor,
@@ -165,17 +176,12 @@ def select_tokens(
     size, segments = ppl.shape[0], cu_seqlens.shape[0] - 1
     if size == 0 or segments == 0:
         return torch.zeros_like(ppl, dtype=torch.bool)
-    ppl = ppl.float()
     position = torch.arange(size, device=ppl.device)
     segment = _segment_of(cu_seqlens, size)
     inside = segment < segments
     segment = segment.clamp(max=segments - 1)
-    start, end = cu_seqlens[segment], cu_seqlens[segment + 1]
-
-    before = torch.where(position > start, ppl.roll(1), ppl)
-    after = torch.where(position + 1 < end, ppl.roll(-1), ppl)
-    around = (before + after) * 0.5 if neighbor_mean else before + after
-    score = ppl * (1.0 - neighbor_weight) + around * neighbor_weight
+    start = cu_seqlens[segment]
+    score = neighbor_scores(ppl, cu_seqlens, neighbor_weight, neighbor_mean)
     score = score.masked_fill(score.isnan(), torch.inf)
 
     by_score = score.argsort(descending=keep_high, stable=True)

@@ -255,7 +255,7 @@ def test_token_samples_are_bounded_spread_and_seeded(tmp_path, total_steps):
 
     first = choices("a", 0)
     assert first == choices("b", 0)
-    assert total_steps == 1 or first != choices("c", 1)  # one step keeps fewer than the limit: all are taken
+    assert total_steps == 1 or first != choices("c", 1)  # with one step all that is kept is taken
     assert sum(map(len, first)) == min(40, total_steps * 32)
     assert max(map(len, first)) - min(map(len, first)) <= 1
     assert all(position % 2 == 0 for chosen in first for position in chosen)

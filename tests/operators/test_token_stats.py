@@ -162,7 +162,7 @@ def test_tail_of_the_vocabulary(backend, vocabulary):
 
 
 def test_minus_infinity(backend):
-    """Masked logits: 0·−inf would be NaN in entropy and in every gradient. A whole first block of them, too."""
+    """Masked logits: 0·−inf would be NaN in entropy and in every gradient. Also for a whole first block."""
     logits = torch.randn(3, 5000)
     logits[0, ::2] = -torch.inf
     logits[1, :4500] = -torch.inf

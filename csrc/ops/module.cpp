@@ -1,0 +1,39 @@
+// Registers the operators under a private namespace; qtuning_kernels/native.py hands them to ops.py.
+#include <ATen/ops/empty_like.h>
+#include <Python.h>
+#include <torch/library.h>
+
+#include "../cpu/kernels.h"
+#include "operators.h"
+#include "workspace.h"
+
+namespace {
+
+at::Tensor vector_exp(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.is_contiguous(), "x must be contiguous float32");
+  const at::Tensor out = at::empty_like(x);
+  qt::kernels().exp(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.numel());
+  return out;
+}
+
+std::string instruction_set() { return qt::kernels().isa; }
+
+}  // namespace
+
+TORCH_LIBRARY(qtuning_native, m) {
+  m.def("token_stats", &qt::token_stats);
+  m.def("token_stats_backward", &qt::token_stats_backward);
+  m.def("token_stats_backward_", &qt::token_stats_backward_);
+  m.def("linear_token_stats", &qt::linear_token_stats);
+  m.def("linear_token_stats_backward", &qt::linear_token_stats_backward);
+  m.def("linear_cross_entropy", &qt::linear_cross_entropy);
+  m.def("exp", &vector_exp);
+  m.def("instruction_set", &instruction_set);
+  m.def("workspace_bytes_held", &qt::workspace_bytes_held);
+}
+
+// The module itself is empty: importing it runs the registration above.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

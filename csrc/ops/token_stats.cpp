@@ -1,0 +1,130 @@
+// Statistics and gradient of logits that exist. Forward reads each live logit once; backward reads and writes each
+// live one once, and only writes the zeros of the others.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <string.h>
+
+#include "operators.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace qt {
+namespace {
+
+// Rows [A, C, V] of any strides with a dense last dimension.
+struct Rows {
+  Rows(const Tensor& logits)
+      : data(static_cast<char*>(logits.data_ptr())),
+        inner(logits.size(1)),
+        count(logits.size(0) * logits.size(1)),
+        vocabulary(logits.size(2)),
+        outer_stride(logits.stride(0)),
+        inner_stride(logits.stride(1)),
+        element(logits.element_size()) {}
+  char* at(int64_t row, int64_t column) const {
+    return data + (row / inner * outer_stride + row % inner * inner_stride + column) * element;
+  }
+
+  char* data;
+  int64_t inner, count, vocabulary, outer_stride, inner_stride, element;
+};
+
+void check(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 3 && logits.size(2) >= 1, "logits has shape ", logits.sizes(),
+                    "; accepted: [A, C, V] with V >= 1");
+  TORCH_CHECK_VALUE(logits.stride(2) == 1 || logits.size(2) == 1, "logits has stride ", logits.stride(2),
+                    " along the vocabulary; accepted: 1");
+}
+
+void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels_tensor, const Upstream& upstream,
+                   int64_t ignore_index, const Scaling<double>& scaling) {
+  const DType dtype = dtype_of(logits, "logits");
+  const Rows from(logits), to(out);
+  const Labels labels(labels_tensor, from.count, from.vocabulary, ignore_index);
+  const int64_t pieces = pieces_of(from.vocabulary);
+  Workspace workspace(padded(from.count * sizeof(int64_t)));
+  int64_t* order = workspace.take<int64_t>(from.count);  // live rows from the front, the others from the back
+  int64_t live = 0, dead = from.count;
+  for (int64_t i = 0; i < from.count; ++i) {
+    if (!labels.ignored(i) && upstream.live(i))
+      order[live++] = i;
+    else
+      order[--dead] = i;
+  }
+  const int64_t length = std::min(kSegment, from.vocabulary);
+  parallel_units(live * pieces, length, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = order[unit / pieces], start = unit % pieces * kSegment;
+      gradient_piece(dtype, from.at(row, start), nullptr, to.at(row, start), start,
+                     std::min(kSegment, from.vocabulary - start), labels[row], labels.possible(row), scaling,
+                     upstream.row(row));
+    }
+  });
+  parallel_units(from.count - live, from.vocabulary, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) memset(to.at(order[live + i], 0), 0, to.vocabulary * to.element);
+  });
+}
+
+}  // namespace
+
+Tensors4 token_stats(const Tensor& logits, const Tensor& labels_tensor, int64_t ignore_index, double logit_scale,
+                     OptDouble softcap) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check(logits);
+  const DType dtype = dtype_of(logits, "logits");
+  const Scaling<double> scaling = scaling_of(logit_scale, softcap);
+  const Rows rows(logits);
+  const Labels labels(labels_tensor, rows.count, rows.vocabulary, ignore_index);
+  StatsOutputs outputs(logits, labels_tensor.sizes());
+  const int64_t pieces = pieces_of(rows.vocabulary);
+  Workspace workspace(padded(rows.count * sizeof(int64_t)) +
+                      padded(rows.count * pieces * sizeof(OnlineStats<double>)));
+  int64_t* order = workspace.take<int64_t>(rows.count);
+  OnlineStats<double>* parts = workspace.take<OnlineStats<double>>(rows.count * pieces);
+  int64_t live = 0;
+  for (int64_t i = 0; i < rows.count; ++i)
+    if (!labels.ignored(i)) order[live++] = i;
+
+  const Kernels& k = kernels();
+  parallel_units(live * pieces, std::min(kSegment, rows.vocabulary), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t start = unit % pieces * kSegment;
+      parts[unit] = k.fold(dtype, rows.at(order[unit / pieces], start), nullptr,
+                           std::min(kSegment, rows.vocabulary - start), scaling);
+    }
+  });
+  parallel_units(live, 256, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      OnlineStats<double> stats = parts[i * pieces];
+      for (int64_t p = 1; p < pieces; ++p) stats = merge(stats, parts[i * pieces + p]);
+      const int64_t row = order[i];
+      const double z = labels.possible(row) ? k.logit(dtype, rows.at(row, labels[row]), nullptr, scaling) : NAN;
+      outputs.store(row, finish(stats, z));
+    }
+  });
+  return outputs.tuple();
+}
+
+Tensor token_stats_backward(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
+                            const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
+                            const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check(logits);
+  const Upstream upstream(entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, labels.numel());
+  const Tensor out = at::empty(logits.sizes(), logits.options());
+  backward_into(out, logits, labels, upstream, ignore_index, scaling_of(logit_scale, softcap));
+  return out;
+}
+
+void token_stats_backward_(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
+                           const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
+                           const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check(logits);
+  const Upstream upstream(entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, labels.numel());
+  backward_into(logits, logits, labels, upstream, ignore_index, scaling_of(logit_scale, softcap));
+}
+
+}  // namespace qt

@@ -1,0 +1,126 @@
+"""The `qtuning` command line: which commands there are, the configuration file, and how a failure ends."""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qtuning_kernels.commands import fetch, info, score, train
+
+# one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
+COMMANDS = (train, score, fetch, info)
+
+
+class UsageError(ValueError):
+    """Options that cannot be used as they were given."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qtuning",
+        description="Fine-tune language models on the samples and tokens that teach (Q-Tuning, "
+        "arXiv 2509.23873). Start with: qtuning fetch, then qtuning train.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = command.add_parser(subparsers)
+        subparser.set_defaults(run=command.run)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `argv`; what the command line leaves out is taken from the ``--config`` file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds a name or value that the command does not have.
+    """
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "config", None) is None:
+        return arguments
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    subparser = subparsers.choices[arguments.command]
+    subparser.set_defaults(**_config_values(arguments.config, subparser))
+    return parser.parse_args(argv)
+
+
+def _config_values(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    options = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    values = {}
+    for name, value in _read_config(path).items():
+        option = options.get(str(name).replace("-", "_"))
+        if option is None:
+            accepted = ", ".join(sorted(dest.replace("_", "-") for dest in options))
+            raise UsageError(f"{path}: unknown key {name!r}; accepted: {accepted}")
+        if value is not None:
+            values[option.dest] = _config_value(path, name, value, option)
+    return values
+
+
+def _config_value(path: Path, name: str, value: Any, option: argparse.Action) -> Any:
+    """`value` as the command line would have it."""
+    if option.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
+        return value
+    if isinstance(value, (bool, list, dict)):
+        raise UsageError(f"{path}: {name} is {value!r}; accepted: one text or number")
+    try:  # through text, because YAML reads 1e-4 as text
+        converted = option.type(str(value)) if option.type else str(value)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{path}: {name} is {value!r}: {error}") from None
+    if option.choices is not None and converted not in option.choices:
+        raise UsageError(f"{path}: {name} is {value!r}; accepted: {', '.join(map(str, option.choices))}")
+    return converted
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: no such file") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: must hold names and values, not {type(content).__name__}")
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 after success, 1 after a failure, whose cause is one line on stderr (and a traceback with
+        ``--debug``), 130 after an interrupt. Wrong usage exits with 2, as argparse does.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = parse(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("qtuning: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe had enough; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        cause = " ".join(str(error).split()) or type(error).__name__
+        print(f"qtuning: error: {cause}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

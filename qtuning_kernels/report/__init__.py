@@ -1,0 +1,33 @@
+"""The report of a run or of a scored data set: one page that works offline, and the pictures as files."""
+
+import importlib
+from pathlib import Path
+
+_NEEDED = ("jinja2", "matplotlib", "plotly")
+
+
+def build_report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Draws a run's record, or the plane that ``qtuning score`` wrote.
+
+    Args:
+        run: the output folder of a run, its record's folder, or a Parquet file of ``qtuning score``.
+        output: the page to write; by default ``report.html`` in the run's folder, or beside the file under
+            its name. PNG and SVG files go to a folder beside it, ``<name>_figures``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RecordError: there is nothing to draw at `run`, or this version cannot read it.
+        ModuleNotFoundError: the libraries of the ``report`` extra are missing.
+    """
+    for name in _NEEDED:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"qtuning report needs {name}: pip install 'qtuning-kernels[report]'", name=name
+            ) from error
+    from qtuning_kernels.report.page import write_page
+
+    return write_page(Path(run), None if output is None else Path(output))

@@ -1,0 +1,274 @@
+"""The report's charts as Plotly figures, which carry their data into the page."""
+
+import html
+import json
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.subplots import make_subplots
+
+from qtuning_kernels.report.plane import Frame
+from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number, truth
+
+# Okabe and Ito's palette, which stays apart under every common colour blindness
+COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
+PHASE_COLOURS = dict(
+    zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True)
+)
+_LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
+
+
+def _theme(ink: str, quiet: str, grid: str, surface: str) -> dict:
+    axis = {"gridcolor": grid, "linecolor": grid, "zeroline": False, "automargin": True}
+    layout = {
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": ink},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "xaxis": axis,
+        "yaxis": axis,
+        "hoverlabel": {"bgcolor": surface, "bordercolor": grid, "font": {"color": ink}},
+        "colorway": [ink],
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": quiet, "activecolor": ink},
+        "margin": {"l": 56, "r": 12, "t": 36, "b": 48},
+    }
+    return go.layout.Template(layout=layout).to_plotly_json()
+
+
+THEMES = {
+    "light": _theme("#1b1f24", "#57606a", "#d8dee4", "#ffffff"),
+    "dark": _theme("#e6e9ec", "#a0aab4", "#39414a", "#1c2127"),
+}
+
+
+def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
+    """One figure per frame, all with the same traces and axes, so that one replaces the other.
+
+    Each point carries its number in the page's list of samples, its step, and its kept and all tokens.
+    """
+    combinations = [
+        (quadrant, keep)
+        for quadrant in QUADRANTS
+        for keep in (True, False)
+        if any(len(_of(frame.points, quadrant, keep)) for frame in frames)
+    ]
+    layout = _plane_layout(frames)
+    figures = []
+    for frame in frames:
+        traces = [_plane_trace(frame.points, *each, sample_number) for each in combinations]
+        figures.append(go.Figure(traces, layout | {"shapes": list(_threshold_lines(frame.thresholds))}))
+    return figures
+
+
+def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
+    kept = truth(points.keep)
+    return points[(points.quadrant == quadrant) & (kept if keep else ~kept)]
+
+
+def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict) -> go.Scattergl:
+    points = _of(points, quadrant, keep)
+    numbers = points.id.map(sample_number).to_numpy(np.int32)
+    counts = points[["step", "kept_tokens", "num_tokens"]].fillna(-1).to_numpy(np.int32)
+    return go.Scattergl(
+        name=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
+        x=points.ppl.to_numpy(np.float32),
+        y=points.entropy.to_numpy(np.float32),
+        customdata=np.column_stack([numbers, counts]),
+        mode="markers",
+        marker={
+            "color": COLOURS[quadrant],
+            "symbol": "circle" if keep else "x-thin-open",
+            "size": 7 if keep else 6,
+            "opacity": 0.9 if keep else 0.7,
+            "line": {"width": 1, "color": COLOURS[quadrant]},
+        },
+        hovertemplate="perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra>%{fullData.name}</extra>",
+    )
+
+
+def _plane_layout(frames: list[Frame]) -> dict:
+    ppl = np.concatenate([frame.points.ppl.to_numpy(float) for frame in frames] or [[]])
+    entropy = np.concatenate([frame.points.entropy.to_numpy(float) for frame in frames] or [[]])
+    x_range, y_range = None, None
+    if len(ppl):
+        low, high = np.log10(np.maximum(ppl.min(), 1e-3)), np.log10(np.maximum(ppl.max(), 1e-3))
+        pad = 0.05 * (high - low) or 0.1
+        x_range = [float(low - pad), float(high + pad)]
+        pad = 0.06 * (entropy.max() - entropy.min()) or 0.1
+        y_range = [float(entropy.min() - pad), float(entropy.max() + pad)]
+    corners = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1)}
+    return {
+        "xaxis": {"title": {"text": "perplexity of the sample (log scale)"}, "type": "log", "range": x_range},
+        "yaxis": {"title": {"text": "mean entropy (nats)"}, "range": y_range},
+        "annotations": [
+            {
+                "text": QUADRANTS[quadrant].split()[0],
+                "xref": "paper",
+                "yref": "paper",
+                "x": x,
+                "y": y,
+                "xanchor": "right" if x else "left",
+                "yanchor": "top" if y else "bottom",
+                "showarrow": False,
+                "font": {"color": COLOURS[quadrant], "size": 18},
+            }
+            for quadrant, (x, y) in corners.items()
+        ],
+        "hovermode": "closest",
+        "hoverdistance": 12,
+        "uirevision": "plane",
+        "height": 540,
+    }
+
+
+def _threshold_lines(thresholds: dict[str, float]) -> Iterable[dict]:
+    for name, value in thresholds.items():
+        vertical = name.startswith("ppl")
+        across, along = ("x", "y") if vertical else ("y", "x")
+        yield {
+            "type": "line",
+            "name": name,
+            f"{across}0": value,
+            f"{across}1": value,
+            f"{along}0": 0,
+            f"{along}1": 1,
+            f"{along}ref": "paper",
+            "line": {"color": "#7F7F7F", "width": 1.5, "dash": "dash" if name.endswith("high") else "dot"},
+        }
+
+
+def shares_figure(curves: pd.DataFrame) -> go.Figure:
+    """Stacked shares of the quadrants, and the share of kept samples that were supplemented."""
+    figure = go.Figure()
+    for quadrant, name in QUADRANTS.items():
+        figure.add_scatter(
+            x=curves.step.to_numpy(),
+            y=curves[f"q{quadrant}"].to_numpy(),
+            name=name,
+            stackgroup="quadrants",
+            mode="lines",
+            line={"width": 0, "color": COLOURS[quadrant]},
+            fillcolor=COLOURS[quadrant],
+            hovertemplate="%{y:.1%}",
+        )
+    figure.add_scatter(
+        x=curves.step.to_numpy(),
+        y=curves.supplemented.to_numpy(),
+        name="supplemented, of the kept",
+        mode="lines",
+        line={"width": 2, "dash": "dot"},  # in the theme's ink
+        hovertemplate="%{y:.1%}",
+    )
+    figure.update_layout(
+        xaxis_title="optimiser step",
+        yaxis={"title": {"text": "share of samples"}, "tickformat": ".0%", "range": [0, 1]},
+        hovermode="x unified",
+        height=420,
+    )
+    return _markers_if_short(figure, curves)
+
+
+def means_figure(curves: pd.DataFrame) -> go.Figure:
+    """Mean and median perplexity and entropy of the pools, the paper's figure 8."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    for row, name in ((1, "ppl"), (2, "entropy")):
+        for kind, colour, dash in (("mean", _LOSS_COLOUR, "solid"), ("median", _MEDIAN_COLOUR, "dash")):
+            figure.add_scatter(
+                x=curves.step.to_numpy(),
+                y=curves[f"{name}_{kind}"].to_numpy(),
+                name=kind,
+                legendgroup=kind,
+                showlegend=row == 1,
+                mode="lines",
+                line={"width": 2, "color": colour, "dash": dash},
+                hovertemplate=f"{kind} %{{y:.4g}}",
+                row=row,
+                col=1,
+            )
+    figure.update_yaxes(title_text="perplexity (log)", type="log", row=1, col=1)
+    figure.update_yaxes(title_text="entropy (nats)", row=2, col=1)
+    figure.update_xaxes(title_text="optimiser step", row=2, col=1)
+    figure.update_layout(hovermode="x unified", height=480)
+    return _markers_if_short(_without_template(figure), curves)
+
+
+def loss_figure(curves: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    figure.add_scatter(
+        x=curves.step.to_numpy(),
+        y=curves.loss.to_numpy(),
+        name="loss",
+        mode="lines",
+        line={"width": 2, "color": _LOSS_COLOUR},
+        hovertemplate="%{y:.4g} nats",
+    )
+    figure.update_layout(
+        xaxis_title="optimiser step",
+        yaxis_title="loss (nats per kept token)",
+        hovermode="x unified",
+        height=320,
+    )
+    return _markers_if_short(figure, curves)
+
+
+def time_figure(curves: pd.DataFrame) -> go.Figure:
+    """Seconds of a step by phase, stacked, over the run."""
+    figure = go.Figure()
+    for phase, name in PHASES.items():
+        figure.add_scatter(
+            x=curves.step.to_numpy(),
+            y=curves[f"seconds_{phase}"].to_numpy(),
+            name=name,
+            stackgroup="phases",
+            mode="lines",
+            line={"width": 0, "color": PHASE_COLOURS[phase]},
+            fillcolor=PHASE_COLOURS[phase],
+            hovertemplate="%{y:.3g} s",
+        )
+    figure.update_layout(
+        xaxis_title="optimiser step", yaxis_title="seconds per step", hovermode="x unified", height=380
+    )
+    return _markers_if_short(figure, curves)
+
+
+def flops_figure(numbers: dict[str, Number]) -> go.Figure:
+    figure = go.Figure()
+    bars = {"flops_full": ("full data", "#7F7F7F"), "flops_spent": ("this run", _LOSS_COLOUR)}
+    for key, (name, colour) in bars.items():
+        figure.add_bar(
+            y=[name],
+            x=[numbers[key].value],
+            orientation="h",
+            marker_color=colour,
+            hovertemplate=html.escape(numbers[key].text) + "<extra></extra>",
+        )
+    figure.update_layout(xaxis_title="FLOPs", showlegend=False, height=200, bargap=0.35)
+    return figure
+
+
+def _markers_if_short(figure: go.Figure, curves: pd.DataFrame) -> go.Figure:
+    """A line through fewer than three points is hardly seen."""
+    if len(curves) < 3:
+        figure.update_traces(mode="lines+markers")
+    return figure
+
+
+def _without_template(figure: go.Figure) -> go.Figure:
+    """The page sets its own template, light or dark."""
+    figure.layout.template = None
+    return figure
+
+
+def as_json(figures: dict[str, go.Figure | list[go.Figure]]) -> dict:
+    """The figures as plain JSON values, arrays in Plotly's base64 form."""
+
+    def plain(figure: go.Figure) -> dict:
+        return json.loads(pio.to_json(_without_template(figure), validate=False))
+
+    return {
+        name: [plain(each) for each in figure] if isinstance(figure, list) else plain(figure)
+        for name, figure in figures.items()
+    }

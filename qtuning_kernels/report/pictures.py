@@ -1,0 +1,108 @@
+"""The same charts as PNG and SVG files, for papers."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qtuning_kernels.report.figures import COLOURS, PHASE_COLOURS
+from qtuning_kernels.report.plane import Frame
+from qtuning_kernels.report.summary import PHASES, QUADRANTS, truth
+
+_SIZE = (6.4, 4.4)  # inches
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for path in paths:
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, format=path.suffix[1:], dpi=200)
+        temporary.replace(path)
+    return paths
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plane_picture(frame: Frame, folder: Path) -> list[Path]:
+    """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
+    figure, axes = _axes("perplexity", "mean entropy (nats)")
+    kept = truth(frame.points.keep)
+    for quadrant, name in QUADRANTS.items():
+        for keep in (False, True):
+            points = frame.points[(frame.points.quadrant == quadrant) & (kept if keep else ~kept)]
+            if len(points):
+                axes.scatter(
+                    points.ppl,
+                    points.entropy,
+                    s=12 if keep else 8,
+                    color=COLOURS[quadrant],
+                    marker="o" if keep else "x",
+                    linewidths=0.7,
+                    alpha=0.8 if keep else 0.5,
+                    label=f"{name}, {'kept' if keep else 'dropped'}",
+                    rasterized=True,
+                )
+    for name, value in frame.thresholds.items():
+        line = axes.axvline if name.startswith("ppl") else axes.axhline
+        line(value, color="#7F7F7F", linewidth=1, linestyle="--" if name.endswith("high") else ":")
+    axes.set_xscale("log")
+    if len(frame.points):
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return _save(figure, folder, "plane")
+
+
+def _stack(axes: Axes, curves: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> None:
+    """Stacked areas, or stacked bars where there are too few steps for an area."""
+    names, colours = zip(*columns.values(), strict=True)
+    values = [curves[column].fillna(0).to_numpy() for column in columns]
+    if len(curves) > 1:
+        axes.stackplot(curves.step, values, labels=names, colors=colours, linewidth=0)
+        return
+    bottom = 0.0
+    for height, name, colour in zip(values, names, colours, strict=True):
+        axes.bar(curves.step, height, bottom=bottom, label=name, color=colour)
+        bottom = bottom + height
+
+
+def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Shares, mean perplexity and entropy, loss and time over the run."""
+    style = {"marker": "o"} if len(curves) < 3 else {}
+    paths = []
+
+    figure, axes = _axes("optimiser step", "share of samples")
+    _stack(axes, curves, {f"q{q}": (name, COLOURS[q]) for q, name in QUADRANTS.items()})
+    axes.plot(curves.step, curves.supplemented, "k:", label="supplemented, of the kept", **style)
+    axes.set_ylim(0, 1)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    paths += _save(figure, folder, "shares")
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(2, 1, sharex=True), ("ppl", "entropy"), ("perplexity", "entropy (nats)"), strict=True
+    ):
+        axes.plot(curves.step, curves[f"{name}_mean"], color="#0072B2", label="mean", **style)
+        axes.plot(curves.step, curves[f"{name}_median"], "--", color="#E69F00", label="median", **style)
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].legend(frameon=False)
+    figure.axes[1].set_xlabel("optimiser step")
+    paths += _save(figure, folder, "ppl_entropy")
+
+    figure, axes = _axes("optimiser step", "loss (nats per kept token)")
+    axes.plot(curves.step, curves.loss, color="#0072B2", **style)
+    paths += _save(figure, folder, "loss")
+
+    figure, axes = _axes("optimiser step", "seconds per step")
+    _stack(axes, curves, {f"seconds_{p}": (name, PHASE_COLOURS[p]) for p, name in PHASES.items()})
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    paths += _save(figure, folder, "time")
+    return paths

@@ -1,0 +1,84 @@
+"""The error-uncertainty plane over a run, cut into frames for the report's slider."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from qtuning_kernels.report.summary import on_plane
+
+MAX_FRAMES = 24  # positions of the slider, beside the whole run
+MAX_POINTS = 60_000  # of one frame
+MAX_POINTS_TOTAL = 240_000  # of all stretches together: about 8 MB
+THRESHOLDS = ("ppl_low", "ppl_high", "entropy_low", "entropy_high")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the plane shows at one position of the slider.
+
+    Attributes:
+        label: the steps that it covers.
+        points: one row per sample, where it stood when it was scored last within these steps.
+        total: how many samples there were before thinning.
+        thresholds: the medians of the steps' thresholds; without those that are unknown.
+        steps: how many steps the thresholds are of.
+    """
+
+    label: str
+    points: pd.DataFrame
+    total: int
+    thresholds: dict[str, float]
+    steps: int
+
+
+def quantile(values: np.ndarray, gamma: float) -> float:
+    """`Q_γ`: the smallest value with at least a fraction `gamma` of the values at or below it."""
+    rank = max(1, math.ceil(gamma * len(values) - 1e-9))  # 0.3·10 is 3 and not 3.0000000000000004
+    return float(np.partition(values, rank - 1)[rank - 1])
+
+
+def step_thresholds(samples: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """The thresholds of each step: as recorded, else the quantiles of its samples at the recorded `alpha`."""
+    table = steps.set_index("step")[[*THRESHOLDS, "alpha"]].astype(float)
+    unknown = table[list(THRESHOLDS)].isna().any(axis=1) & table.alpha.notna()
+    placed = samples[on_plane(samples) & samples.step.isin(table.index[unknown])]
+    for step, pool in placed.groupby("step"):
+        alpha = table.at[step, "alpha"]
+        for axis in ("ppl", "entropy"):
+            values = pool[axis].to_numpy(float)
+            for name, gamma in ((f"{axis}_low", alpha), (f"{axis}_high", 1 - alpha)):
+                if math.isnan(table.at[step, name]):
+                    table.at[step, name] = quantile(values, gamma)
+    return table[list(THRESHOLDS)]
+
+
+def _frame(label: str, rows: pd.DataFrame, thresholds: pd.DataFrame, limit: int) -> Frame:
+    latest = rows[on_plane(rows)].drop_duplicates("id", keep="last")
+    points = latest if len(latest) <= limit else latest.sample(limit, random_state=0).sort_index()
+    medians = thresholds.median().dropna().to_dict()
+    return Frame(label, points, len(latest), medians, len(thresholds.dropna(how="all")))
+
+
+def frames(samples: pd.DataFrame, steps: pd.DataFrame) -> list[Frame]:
+    """The whole run first, then up to `MAX_FRAMES` stretches of equally many steps."""
+    if samples.empty:
+        return []
+    numbers = np.sort(steps.step.unique())
+    thresholds = step_thresholds(samples, steps)
+    whole = _label("all steps", numbers) if len(numbers) else "all samples"
+    result = [_frame(whole, samples, thresholds, MAX_POINTS)]
+    if len(numbers) < 2:
+        return result
+    limit = MAX_POINTS if len(samples) <= MAX_POINTS_TOTAL else MAX_POINTS_TOTAL // MAX_FRAMES
+    for stretch in np.array_split(numbers, min(MAX_FRAMES, len(numbers))):
+        rows = samples[samples.step.between(stretch[0], stretch[-1])]
+        label = _label("step" if len(stretch) == 1 else "steps", stretch)
+        result.append(_frame(label, rows, thresholds.loc[stretch[0] : stretch[-1]], limit))
+    return result
+
+
+def _label(prefix: str, numbers: np.ndarray) -> str:
+    span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
+    return f"{prefix} {span}"

@@ -1,0 +1,144 @@
+"""What the report shows of the samples' texts: excerpts, the token view, never and always kept."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from qtuning_kernels.record import Record
+
+TEXT_BYTES = 8_000_000  # of all excerpts that hovering shows
+EXCERPT = 600  # characters of a prompt or answer, at most
+MAX_LISTED = 100  # samples in the list of those never, or always, kept
+MAX_TOKENS = 40_000  # tokens in the token view
+SHADES = 10
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def excerpts(ids: list, texts: pd.DataFrame) -> dict:
+    """Prompt and answer of `ids`, cut to one length at which all fit into `TEXT_BYTES`.
+
+    Returns ``prompt`` and ``answer`` (lists in the order of `ids`, None where there is no text) and
+    ``limit``, the characters that were kept of each.
+    """
+    known = {
+        row.id: (str(row.prompt), str(row.answer)) for row in texts.itertuples() if not pd.isna(row.prompt)
+    }
+    pairs = [known.get(each, (None, None)) for each in ids]
+    limit = EXCERPT
+    while limit > 20:
+        cut = [tuple(None if text is None else _cut(text, limit) for text in pair) for pair in pairs]
+        size = sum(len(text.encode()) for pair in cut for text in pair if text)
+        if size <= TEXT_BYTES:
+            break
+        limit = min(int(limit * TEXT_BYTES / size), limit - 10)
+    else:
+        cut = [(None, None)] * len(ids)
+    return {"prompt": [pair[0] for pair in cut], "answer": [pair[1] for pair in cut], "limit": limit}
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    shade: int  # 0 … SHADES − 1, by rank of the score within the answer
+    pruned: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """One answer of the token view."""
+
+    id: str
+    step: int
+    role: int
+    prompt: str
+    tokens: list[Token]
+    kept: int
+    total: int
+
+
+def _list(cell: object) -> list:
+    return cell if isinstance(cell, list) else []
+
+
+def _visible(text: str) -> str:
+    """A token as a reader sees it: a line break is marked and still breaks the line."""
+    return text.replace("\r", "").replace("\n", "⏎\n")
+
+
+def _number(value: float) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def token_samples(record: Record) -> tuple[list[TokenSample], int]:
+    """The answers of the token view, and how many the record holds beyond `MAX_TOKENS`."""
+    roles = {
+        (row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)
+    }
+    prompts = dict(zip(record.texts.id, record.texts.prompt, strict=True))
+    shown, budget = [], MAX_TOKENS
+    for row in record.tokens.itertuples():
+        strings, keep = _list(row.tokens), _list(row.keep)
+        nll = _list(row.nll) or [math.nan] * len(strings)
+        score = _list(row.score)
+        budget -= len(strings)
+        if budget < 0 and shown:
+            break
+        rank = np.argsort(np.argsort(score or nll, kind="stable"), kind="stable")
+        tokens = [
+            Token(
+                _visible(str(text)),
+                int(rank[i] * SHADES // len(strings)),
+                not keep[i],
+                f"nll {_number(nll[i])} nats" + (f", score {_number(score[i])}" if score else ""),
+            )
+            for i, text in enumerate(strings)
+        ]
+        role = roles.get((row.step, row.id), 0)
+        prompt = row.prompt if isinstance(row.prompt, str) else prompts.get(row.id, "")
+        shown.append(
+            TokenSample(
+                str(row.id),
+                int(row.step),
+                0 if pd.isna(role) else int(role),
+                _cut(str(prompt), EXCERPT),
+                tokens,
+                sum(map(bool, keep)),
+                len(tokens),
+            )
+        )
+    return shown, len(record.tokens) - len(shown)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One sample in the list of those never, or always, kept."""
+
+    id: str
+    seen: int
+    ppl: str
+    entropy: str
+    quadrant: int
+    prompt: str
+    answer: str
+
+
+def listed(fate_table: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[Listed]:
+    """The first `MAX_LISTED` samples always kept, or never: the most often scored, then the highest PPL."""
+    chosen = fate_table.kept == (fate_table.seen if kept else 0)
+    rows = fate_table[chosen].sort_values(["seen", "ppl"], ascending=False, kind="stable").head(MAX_LISTED)
+    known = texts.set_index("id")
+    result = []
+    for row in rows.itertuples():
+        text = known.loc[row.id] if row.id in known.index else {"prompt": "", "answer": ""}
+        quadrant = 0 if pd.isna(row.quadrant) else int(row.quadrant)
+        cut = [_cut(str(text[name]), EXCERPT) for name in ("prompt", "answer")]
+        result.append(
+            Listed(str(row.id), int(row.seen), _number(row.ppl), _number(row.entropy), quadrant, *cut)
+        )
+    return result

@@ -1,0 +1,73 @@
+"""`QTuningConfig`: the defaults, and a refusal that names the field, the value and what is accepted."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import qtuning_kernels as qk
+
+
+def test_defaults_are_the_papers():
+    config = qk.QTuningConfig()
+    assert (config.sample_ratio, config.token_ratio, config.neighbor_weight) == (0.125, 0.5, 0.5)
+    assert (config.token_mode, config.token_order, config.neighbor_reduction) == ("mask", "keep_low", "sum")
+
+
+def test_frozen_and_replaceable():
+    config = qk.QTuningConfig(sample_ratio=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sample_ratio = 0.25
+    assert dataclasses.replace(config, token_ratio=0.7).sample_ratio == 0.5
+    with pytest.raises(ValueError, match="token_ratio"):
+        dataclasses.replace(config, token_ratio=7)
+
+
+def test_round_trip_through_plain_values():
+    config = qk.QTuningConfig(token_mode="drop", rescore_every=3)
+    assert qk.QTuningConfig(**dataclasses.asdict(config)) == config
+
+
+def test_every_field_is_documented():
+    for field in dataclasses.fields(qk.QTuningConfig):
+        assert f"\n    {field.name}: " in inspect.getdoc(qk.QTuningConfig), field.name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "accepted"),
+    [
+        ("sample_ratio", 0, ValueError, r"a number in \(0, 1\]"),
+        ("sample_ratio", 1.5, ValueError, r"a number in \(0, 1\]"),
+        ("token_ratio", float("nan"), ValueError, r"a number in \(0, 1\]"),
+        ("token_ratio", "half", TypeError, "a number"),
+        ("neighbor_weight", 1.1, ValueError, r"a number in \[0, 1\]"),
+        ("token_mode", "remove", ValueError, "'mask', 'drop'"),
+        ("token_order", "low", ValueError, "'keep_low', 'keep_high'"),
+        ("neighbor_reduction", "max", ValueError, "'sum', 'mean'"),
+        ("triage_method", "sort", ValueError, "'rank', 'bisect'"),
+        ("micro_batch_tokens", 0, ValueError, "an integer of at least 1"),
+        ("micro_batch_tokens", 1e3, TypeError, "an integer"),
+        ("score_batch_tokens", -1, ValueError, "an integer of at least 1"),
+        ("score_dtype", "fp8", ValueError, "'auto', 'float32', 'bfloat16', 'int8', 'model'"),
+        ("step", "once", ValueError, "'auto', 'rescore', 'reuse'"),
+        ("rescore_every", 0, ValueError, "an integer of at least 1"),
+        ("rescore_every", True, TypeError, "an integer"),
+        ("selection_scope", "local", ValueError, "'global', 'rank'"),
+        ("record", 1, TypeError, "True or False"),
+        ("record_tokens", -1, ValueError, "an integer of at least 0"),
+    ],
+)
+def test_bad_values(field, value, error, accepted):
+    with pytest.raises(error, match=f"{field} is .*; accepted: {accepted}"):
+        qk.QTuningConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str
+)
+def test_reuse_excludes(other):
+    """One forward that scores and trains can neither shorten its sequences nor differ in precision."""
+    (name,) = other
+    with pytest.raises(ValueError, match=f"step is 'reuse' and {name} is"):
+        qk.QTuningConfig(step="reuse", **other)
+    assert qk.QTuningConfig(step="auto", **other)
