@@ -4,12 +4,28 @@ import contextlib
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Whether a product and a sum become one rounding: the compiler's default has changed between releases, so it is
 # said at every launch.
 FUSED = {"enable_fp_fusion": True}
 UNFUSED = {"enable_fp_fusion": False}
+
+# decided, as by @triton.jit, when this module is imported
+INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in the accumulator's dtype."""
+    if _INTERPRETED:
+        # the interpreter would multiply the bit patterns of bfloat16
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -22,9 +38,19 @@ def multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
-def warp_size(tensor: Tensor) -> int:
-    """Lanes of a warp (64 in a wavefront of AMD's Instinct cards)."""
-    return torch.cuda.get_device_properties(tensor.device).warp_size if tensor.is_cuda else 32
+def architecture(tensor: Tensor) -> str:
+    """What configurations depend on: "sm_90", "gfx942" and the like, or "interpreter"."""
+    if not tensor.is_cuda:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def warp_size(arch: str) -> int:
+    """Lanes of a warp; a wavefront of AMD's Instinct cards has 64."""
+    return 64 if arch.startswith("gfx9") else 32
 
 
 class Rows(NamedTuple):
@@ -46,3 +72,8 @@ def rows_of(logits: Tensor) -> Rows:
         return Rows(logits, 0, vector)
     base = logits.as_strided((shift + 1,), (1,), logits.storage_offset() - shift)
     return Rows(base, shift, vector)
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How matrix products treat float32 operands: as PyTorch's own setting for them says."""
+    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"

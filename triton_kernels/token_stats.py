@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-from qtuning_kernels.triton_kernels.launch import FUSED, on_device, rows_of, warp_size
+from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,
     finish,
@@ -120,17 +120,18 @@ def load_pair(
         )
 
 
-def forward_config(vocabulary: int, itemsize: int, warp_size: int) -> dict[str, int]:
+def forward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
     """Block and warps of the forward.
 
     256 threads with two 128-bit loads each in flight: at 32 registers eight such blocks fill a multiprocessor, and
     that hides the latency of memory; software pipelining would only cost registers. Where a row is shorter than
     the block, fewer warps: the others would fold nothing but padding.
     """
+    warp = warp_size(arch)
     block, threads = 4096 // itemsize, 256
-    while threads > warp_size and vocabulary <= block // 2:
+    while threads > warp and vocabulary <= block // 2:
         block, threads = block // 2, threads // 2
-    return {"BLOCK": block, "LANES": 16 // itemsize, "num_warps": threads // warp_size, "num_stages": 1}
+    return {"BLOCK": block, "LANES": 16 // itemsize, "num_warps": threads // warp, "num_stages": 1}
 
 
 def token_stats(
@@ -157,7 +158,7 @@ def token_stats(
             ignore_index,
             **scaling(logit_scale, softcap),
             VECTOR=vector,
-            **forward_config(vocabulary, logits.element_size(), warp_size(logits)),
+            **forward_config(vocabulary, logits.element_size(), architecture(logits)),
             **FUSED,
         )
     return tuple(stats)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtuning_kernels.triton_kernels.launch import FUSED, Rows, on_device, rows_of, warp_size
+from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     LN2,
     LOG2E,
@@ -32,6 +32,7 @@ def token_stats_backward_kernel(
     grad_nll_ptr,
     grad_entropy_ptr,
     grad_lse_ptr,
+    count_ptr,  # rows that there are, if fewer than programs
     shift,  # elements between logits_ptr, which divides by 16 bytes, and the first logit
     grad_shift,
     stride_a,
@@ -48,11 +49,14 @@ def token_stats_backward_kernel(
     HAS_NLL: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of the gradient that 16 bytes hold
     SAME_LEAD: tl.constexpr,  # every row of the logits begins where the gradient's does within 16 bytes
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if HAS_COUNT and row >= tl.load(count_ptr):
+        return
     a = row // size_c
     c = (row - a * size_c).to(tl.int64)
     start = shift + a.to(tl.int64) * stride_a + c * stride_c
@@ -86,14 +90,8 @@ def token_stats_backward_kernel(
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     entropy = tl.load(entropy_ptr + row)
-    reference, excess = log_partition(row_max, log_sum)
     possible = (label >= 0) & (label < V)
-    b = -g_entropy * LN2
-    a_all = tl.where(possible, g_nll + g_lse - g_entropy * entropy, float("nan"))
-    # what the reference lost in rounding returns as a factor of the row: nothing per element
-    factor = tl.exp2(excess)
-    a_all = tl.fma(b, excess, a_all) * factor * SLOPE
-    b = b * factor * SLOPE
+    reference, a_all, b = coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE)
 
     # in place, the logit at the label must be read before the loop writes over it
     x_label = tl.load(logits_ptr + start + label, possible, 0.0)
@@ -132,14 +130,21 @@ def token_stats_backward_kernel(
 
 
 @triton.jit
-def log_partition(row_max, log_sum):
-    """(row_max + log_sum)·log2 e as a rounded value and its excess over the exact one, both in bits."""
+def coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE: tl.constexpr):
+    """What `gradient` needs of a row: the reference r = (row_max + log_sum)·log2 e, A and B.
+
+    A large common offset leaves r a rounding error that would be a factor of the whole row. The error is known, so
+    it goes into A and B and costs nothing per element. A label that is impossible makes the row NaN.
+    """
     high = row_max * LOG2E
     low = log_sum * LOG2E
-    both = high + low
-    part = both - high
-    lost = (high - (both - part)) + (low - part)
-    return both, -(lost + tl.fma(row_max, LOG2E, -high))
+    reference = high + low
+    part = reference - high
+    excess = -((high - (reference - part)) + (low - part) + tl.fma(row_max, LOG2E, -high))
+    factor = tl.exp2(excess) * SLOPE
+    b = -g_entropy * LN2
+    a = tl.where(possible, g_nll + g_lse - g_entropy * entropy, float("nan"))
+    return reference, tl.fma(b, excess, a) * factor, b * factor
 
 
 @triton.jit
@@ -166,12 +171,13 @@ def gradient(
     return g
 
 
-def backward_config(vocabulary: int, itemsize: int, warp_size: int) -> dict[str, int]:
+def backward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
     """Block and warps of the backward, as in the forward: two 128-bit loads and stores per thread in flight."""
+    warp = warp_size(arch)
     block, threads = 8192 // itemsize, 256
-    while threads > warp_size and vocabulary <= block // 2:
+    while threads > warp and vocabulary <= block // 2:
         block, threads = block // 2, threads // 2
-    return {"BLOCK": block, "num_warps": threads // warp_size, "num_stages": 1}
+    return {"BLOCK": block, "num_warps": threads // warp, "num_stages": 1}
 
 
 def token_stats_backward(
@@ -194,7 +200,7 @@ def token_stats_backward(
     """
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     upstream = (grad_nll, grad_entropy, grad_lse)
-    _launch(logits, grad, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
+    launch(logits, grad, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
     return grad
 
 
@@ -213,7 +219,7 @@ def token_stats_backward_(
 ) -> None:
     """The same, written over the logits."""
     upstream = (grad_nll, grad_entropy, grad_lse)
-    _launch(logits, logits, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
+    launch(logits, logits, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
 
 
 def same_lead(logits: Tensor, grad: Tensor, rows: Rows, grad_rows: Rows) -> bool:
@@ -226,7 +232,7 @@ def same_lead(logits: Tensor, grad: Tensor, rows: Rows, grad_rows: Rows) -> bool
     )
 
 
-def _launch(
+def launch(
     logits: Tensor,
     grad: Tensor,
     labels: Tensor,
@@ -235,7 +241,9 @@ def _launch(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
+    count: Tensor | None = None,
 ) -> None:
+    """Write the gradient of `logits` into `grad`; of the first `count` rows only, if that is given (int32 ``[1]``)."""
     if grad.numel() == 0:
         return
     vocabulary = logits.shape[-1]
@@ -247,6 +255,7 @@ def _launch(
             labels,
             *stats,
             *upstream,
+            count,
             rows.shift,
             grad_rows.shift,
             logits.stride(0),
@@ -261,8 +270,9 @@ def _launch(
             HAS_NLL=upstream[0] is not None,
             HAS_ENTROPY=upstream[1] is not None,
             HAS_LSE=upstream[2] is not None,
+            HAS_COUNT=count is not None,
             VECTOR=grad_rows.vector,
             SAME_LEAD=same_lead(logits, grad, rows, grad_rows),
-            **backward_config(vocabulary, logits.element_size(), warp_size(logits)),
+            **backward_config(vocabulary, logits.element_size(), architecture(logits)),
             **FUSED,
         )
