@@ -9,6 +9,7 @@ from typing import Any
 from qtuning_kernels.commands import checkpoints, options
 from qtuning_kernels.commands.tables import QUADRANTS, quadrant_table
 
+OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
 _LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
 
@@ -116,7 +117,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output, to the same result",
+        help="go on from the newest checkpoint in --output, with that run's options, to the same result",
     )
     return parser
 
@@ -153,6 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
         )
 
+    checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
     trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -167,6 +169,12 @@ def run(arguments: argparse.Namespace) -> None:
     }
     checkpoints.write_atomic(output / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
     _print_summary(console, summary, output, tags)
+
+
+def _options(arguments: argparse.Namespace) -> str:
+    """The options as a configuration file."""
+    passing = ("command", "run", "config", "debug", "resume", "output")
+    return json.dumps({k: v for k, v in vars(arguments).items() if k not in passing}, indent=2) + "\n"
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:
