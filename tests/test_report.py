@@ -105,12 +105,15 @@ def test_every_point_of_the_plane_is_a_row_of_the_record(page, run):
         seen = set()
         for trace in figure["data"]:
             x, y, custom = (array(trace[name]) for name in ("x", "y", "customdata"))
-            for ppl, entropy, (sample, step, kept, total) in zip(x, y, custom, strict=True):
+            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(
+                x, y, custom, strict=True
+            ):
                 ident = int(page.data["samples"]["id"][sample])
                 row = table[int(step), ident]
                 assert ppl == np.float32(row["ppl"])
                 assert entropy == np.float32(row["entropy"])
                 assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
+                assert (role, bool(supplemented)) == (row["role"], row["supplemented"])
                 assert trace["name"].endswith("kept" if row["keep"] else "dropped")
                 assert trace["name"].startswith(f"Q{row['quadrant']} " if row["quadrant"] else "middle")
                 assert ident not in seen

@@ -47,7 +47,8 @@ THEMES = {
 def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
     """One figure per frame, all with the same traces and axes, so that one replaces the other.
 
-    Each point carries its number in the page's list of samples, its step, and its kept and all tokens.
+    Each point carries its number in the page's list of samples, its step, its kept and all tokens, its role
+    and whether it was supplemented.
     """
     combinations = [
         (quadrant, keep)
@@ -71,12 +72,13 @@ def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
 def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict) -> go.Scattergl:
     points = _of(points, quadrant, keep)
     numbers = points.id.map(sample_number).to_numpy(np.int32)
-    counts = points[["step", "kept_tokens", "num_tokens"]].fillna(-1).to_numpy(np.int32)
+    counts = points[["step", "kept_tokens", "num_tokens", "role"]].fillna(-1).to_numpy(np.int32)
+    supplemented = truth(points.supplemented).to_numpy(np.int32)
     return go.Scattergl(
         name=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
         x=points.ppl.to_numpy(np.float32),
         y=points.entropy.to_numpy(np.float32),
-        customdata=np.column_stack([numbers, counts]),
+        customdata=np.column_stack([numbers, counts, supplemented]),
         mode="markers",
         marker={
             "color": COLOURS[quadrant],
