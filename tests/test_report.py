@@ -402,6 +402,9 @@ def test_fifty_thousand_samples_fit(tmp_path):
     page = Page(output)
     assert_numbers(page, folder)
     assert page.data["frames"][0]["shown"] == page.data["frames"][0]["total"] == 50_000
+    limit = page.data["samples"]["limit"]
+    assert f"Texts are cut at {limit} characters" in page.text
+    assert {len(text) for text in page.data["samples"]["answer"]} == {limit}
 
 
 @pytest.fixture(scope="module")
