@@ -73,16 +73,19 @@ def linear_token_stats_kernel(
     labels_ptr,
     partial_ptr,  # [3, splits, N]
     x_label_ptr,  # [N]
+    logits_ptr,  # where a caller wants them too, rounded to their dtype
     count_ptr,  # rows to work on, if fewer than N
     N,
     V,
     H,
     columns_per_split,
+    stride,
     INNER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,6 +130,9 @@ def linear_token_stats_kernel(
         quarters = column_halves(left) + column_halves(right)
         for i in tl.static_range(4):
             column = start + i * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)[None, :]
+            if HAS_LOGITS:
+                out_ptrs = logits_ptr + row.to(tl.int64)[:, None] * stride + column
+                tl.store(out_ptrs, quarters[i].to(logits_ptr.dtype.element_ty), valid[:, None] & (column < last))
             x = scaled(quarters[i], INNER, HAS_SOFTCAP)
             x_label += tl.sum(tl.where(column == label[:, None], x, 0.0), 1)
             x = tl.where(column < last, x, float("-inf"))
@@ -171,7 +177,7 @@ def combine_kernel(
     x_label = tl.load(x_label_ptr + row, valid & possible, 0.0)
     x_label = tl.where(possible, x_label, float("nan"))
     r, total, weighted = merge(r, total, weighted, 0)
-    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, UNIT)
+    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, V, UNIT)
     ignored = label == ignore_index
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll), valid)
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy), valid)
@@ -219,10 +225,12 @@ def linear_token_stats(
     logit_scale: float,
     softcap: float | None,
     count: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_stats` of ``hidden @ weight.T + bias``, whose logits never exist outside of registers.
 
     With `count` (int32 ``[1]``) only that many rows are worked on, and the labels behind must be ignored ones.
+    With `logits` (``[N, V]``, dense rows) they are written there too.
     """
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
@@ -246,14 +254,17 @@ def linear_token_stats(
             labels,
             partial,
             x_label,
+            logits,
             count,
             rows,
             vocabulary,
             size,
             per_split,
+            0 if logits is None else logits.stride(0),
             **scale,
             HAS_BIAS=bias is not None,
             HAS_COUNT=count is not None,
+            HAS_LOGITS=logits is not None,
             EVEN_H=size % config["BLOCK_H"] == 0,
             PRECISION=dot_precision(hidden),
             **config,

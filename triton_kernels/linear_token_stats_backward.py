@@ -136,10 +136,9 @@ def linear_token_stats_backward(
     vocabulary = weight.shape[0]
     upstream = (grad_nll, grad_entropy, grad_lse)
     given = [g for g in upstream if g is not None]
-    none = hidden.new_empty(0)
     needs = [*needs[:2], needs[2] and bias is not None]
     if rows == 0 or not given or not any(needs):
-        grads = (torch.zeros_like(x) if need else none for x, need in zip((hidden, weight, bias), needs, strict=True))
+        grads = (torch.zeros_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight, bias), needs, strict=True))
         return tuple(grads)
 
     index, count = live_rows((labels != ignore_index) & torch.stack([g != 0 for g in given]).any(0))
@@ -149,9 +148,9 @@ def linear_token_stats_backward(
     pitch = triton.cdiv(chunk, 64) * 64  # rows stay aligned
     gradients = hidden.new_empty((rows, pitch))
     dtype = stats_dtype(hidden.dtype)
-    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else none
-    grad_weight = torch.empty_like(weight) if needs[1] else none
-    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else none
+    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
+    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else hidden.new_empty(0)
     config = tile_config(rows, hidden.element_size(), architecture(hidden))
 
     for first in range(0, vocabulary, chunk):
@@ -191,4 +190,4 @@ def linear_token_stats_backward(
             column_sums(g, grad_bias[first:last], count, add=False)
     if needs[0]:
         grad_hidden = torch.empty_like(hidden).index_copy_(0, index, grad_hidden.to(hidden.dtype))
-    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else none
+    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else hidden.new_empty(0)
