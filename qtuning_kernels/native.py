@@ -15,9 +15,13 @@ def _load() -> None:
     record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"built": False, "reason": None}
     if not record["built"]:
         reason = record["reason"] or "it was never compiled"
-        raise BackendUnavailableError(f"the extension qtuning_kernels._C was left out: {reason}; install {_HOW}")
-    # PyTorch's C++ interface changes between minor versions, and an older extension crashes instead of failing
-    built_for, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (record["torch"], torch.__version__))
+        raise BackendUnavailableError(
+            f"the extension qtuning_kernels._C was left out: {reason}; install {_HOW}"
+        )
+    # PyTorch's C++ interface changes between minor versions, and an extension for another one crashes
+    built_for, running = (
+        version.split("+")[0].rsplit(".", 1)[0] for version in (record["torch"], torch.__version__)
+    )
     if built_for != running:
         raise BackendUnavailableError(
             f"the extension qtuning_kernels._C was compiled for PyTorch {record['torch']}, "
@@ -40,6 +44,9 @@ token_stats_backward_ = _operators.token_stats_backward_.default
 linear_token_stats = _operators.linear_token_stats.default
 linear_token_stats_backward = _operators.linear_token_stats_backward.default
 linear_cross_entropy = _operators.linear_cross_entropy.default
+segment_means = _operators.segment_means.default
+triage_rank = _operators.triage_rank.default
+select_tokens = _operators.select_tokens.default
 
 vector_exp = _operators.exp.default  # float32 in and out; for tests
 workspace_bytes_held = _operators.workspace_bytes_held.default  # for tests

@@ -94,17 +94,18 @@ def select(scores: Scores, config: QTuningConfig, *, shared: bool = False) -> Se
     )
 
 
-def deal(kept: list[Sample]) -> list[Sample]:
-    """The samples kept by all processes, dealt out again: this one's share of about equal length.
-
-    Longest first, each to the process with the least so far; all processes compute the same. Only kept
-    samples travel, as token ids.
-    """
-    everyone = [sample for part in gather(kept) for sample in part]
-    world = dist.get_world_size()
-    loads, hands = [0] * world, [[] for _ in range(world)]
-    for sample in sorted(everyone, key=lambda s: len(s.trimmed().input_ids), reverse=True):
+def deal(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
+    """Samples dealt out so that each process gets about as many tokens: longest first, each to the process
+    with the least so far, the lowest rank among equals."""
+    loads, hands = [0] * processes, [[] for _ in range(processes)]
+    for sample in sorted(samples, key=lambda s: len(s.trimmed().input_ids), reverse=True):
         least = loads.index(min(loads))
         loads[least] += len(sample.trimmed().input_ids)
         hands[least].append(sample)
-    return hands[dist.get_rank()]
+    return hands
+
+
+def exchange(kept: list[Sample]) -> list[Sample]:
+    """This process's share of the samples that all processes keep; only these travel, as token ids."""
+    everyone = [sample for part in gather(kept) for sample in part]
+    return deal(everyone, dist.get_world_size())[dist.get_rank()]

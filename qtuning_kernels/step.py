@@ -17,7 +17,7 @@ from qtuning_kernels.functional import linear_cross_entropy, linear_token_stats
 from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.score_cache import ScoreCache
 from qtuning_kernels.scoring import Scorer, Scores, layout_for, resolve_score_dtype
-from qtuning_kernels.selection import Selection, deal, gather, select
+from qtuning_kernels.selection import Selection, exchange, gather, select
 
 
 @dataclass
@@ -166,7 +166,7 @@ class QTuningStep:
                 batches = [group for group in groups if bool(keep[group.slots].any())]
             else:
                 if self.selects and self.world_size > 1 and self.config.selection_scope == "global":
-                    kept = deal(kept)
+                    kept = exchange(kept)
                 batches = micro_batches(kept, self.config.micro_batch_tokens, layout_for(self.parts.base))
         return StepPlan(batches, keep, num_kept, pools, scores, selections, clock, totals, age)
 

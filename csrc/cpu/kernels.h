@@ -15,12 +15,12 @@ constexpr int64_t kSegment = 16384;
 
 struct Kernels {
   const char* isa;
-  // (m, S, T) of n logits x (+ bias); reads x once from memory, twice from L1
-  OnlineStats<double> (*fold)(DType, const void* x, const void* bias, int64_t n, const Scaling<double>&);
+  // (m, S, T) of n logits x; reads x once from memory, twice from L1
+  OnlineStats<double> (*fold)(DType, const void* x, int64_t n, const Scaling<double>&);
   // the scaled logit of one element
-  double (*logit)(DType, const void* x, const void* bias, const Scaling<double>&);
+  double (*logit)(DType, const void* x, const Scaling<double>&);
   // the gradient of n logits, without the label's term; `out` may be `x`
-  void (*gradient)(DType, const void* x, const void* bias, void* out, int64_t n, const Scaling<double>&,
+  void (*gradient)(DType, const void* x, void* out, int64_t n, const Scaling<double>&,
                    const RowGradient<double>&);
   // the gradient of the label's logit, whose scaled value is z
   void (*label_gradient)(DType, double z, void* out, const Scaling<double>&, const RowGradient<double>&);

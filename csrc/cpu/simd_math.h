@@ -45,7 +45,7 @@ QT_FUNCTION float vector_exp(float x) {
   return x == x ? result : x;
 }
 
-// tanh x: Cephes' polynomial near 0, where 1 - e^(-2|x|) would cancel, else (1 - e)/(1 + e).
+// tanh x: Cephes' polynomial near 0, where 1 - e^(-2|x|) would cancel, else 1 - 2e/(1 + e).
 QT_FUNCTION float vector_tanh(float x) {
   const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
   const float square = x * x;
@@ -56,7 +56,7 @@ QT_FUNCTION float vector_tanh(float x) {
   q = q * square - 3.33332819422e-1f;
   const float near_zero = q * square * x + x;
   const float e = vector_exp<true>(-2.0f * magnitude);
-  const float far = (1.0f - e) / (1.0f + e);
+  const float far = 1.0f - 2.0f * e / (1.0f + e);  // one rounding near 1, where (1 - e)/(1 + e) has three
   const float far_signed = bit_cast<float>(bit_cast<uint32_t>(far) | (bit_cast<uint32_t>(x) & 0x80000000u));
   return magnitude < 0.625f ? near_zero : far_signed;
 }

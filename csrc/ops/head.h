@@ -15,11 +15,6 @@ namespace qt {
 struct Head {
   Head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Scaling<double>& scaling);
 
-  // The bias's elements from `column` on; null without one.
-  const void* bias_at(int64_t column) const {
-    return bias.defined() ? static_cast<const char*>(bias.const_data_ptr()) + column * element : nullptr;
-  }
-
   Tensor hidden, weight, bias;
   Scaling<double> scaling;
   DType dtype;

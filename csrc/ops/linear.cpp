@@ -72,8 +72,8 @@ Tensors4 linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const 
     gradients = head_gradient(head, labels, rows, /*fold=*/true, add, needs);
   } else {
     head_stats(head, labels, rows, add);
-    const Tensor none = at::empty({0}, hidden.options());
-    gradients = {none, none, none};
+    for (Tensor* gradient : {&std::get<0>(gradients), &std::get<1>(gradients), &std::get<2>(gradients)})
+      *gradient = at::empty({0}, hidden.options());
   }
   const Tensor total = at::scalar_tensor(loss, hidden.options().dtype(stats_type(hidden)));
   return std::tuple_cat(std::make_tuple(total), gradients);

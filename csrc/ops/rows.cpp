@@ -77,17 +77,16 @@ void StatsOutputs::store(int64_t i, const TokenStats<double>& stats) {
   }
 }
 
-void gradient_piece(DType dtype, const void* x, const void* bias, void* out, int64_t start, int64_t n, int64_t label,
+void gradient_piece(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
                     bool possible, const Scaling<double>& scaling, const RowGradient<double>& row) {
   const Kernels& k = kernels();
   if (!possible) return k.fill(dtype, out, n, NAN);
   const bool here = label >= start && label < start + n;
   const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   const int64_t offset = (label - start) * size;
-  const auto at_label = [&](const void* p) { return p ? static_cast<const char*>(p) + offset : nullptr; };
   // read before x is overwritten; written in the statistics' precision, since p - 1 cancels for a certain label
-  const double z = here ? k.logit(dtype, at_label(x), at_label(bias), scaling) : 0;
-  k.gradient(dtype, x, bias, out, n, scaling, row);
+  const double z = here ? k.logit(dtype, static_cast<const char*>(x) + offset, scaling) : 0;
+  k.gradient(dtype, x, out, n, scaling, row);
   if (here) k.label_gradient(dtype, z, static_cast<char*>(out) + offset, scaling, row);
 }
 

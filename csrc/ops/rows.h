@@ -76,7 +76,7 @@ class StatsOutputs {
 };
 
 // The gradient of one piece [start, start + n) of a row, the label's entry included. x and out point at the piece.
-void gradient_piece(DType dtype, const void* x, const void* bias, void* out, int64_t start, int64_t n, int64_t label,
+void gradient_piece(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
                     bool possible, const Scaling<double>& scaling, const RowGradient<double>& row);
 
 inline int64_t pieces_of(int64_t vocabulary) { return (vocabulary + kSegment - 1) / kSegment; }

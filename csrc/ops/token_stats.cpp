@@ -57,7 +57,7 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   parallel_units(live * pieces, length, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t row = order[unit / pieces], start = unit % pieces * kSegment;
-      gradient_piece(dtype, from.at(row, start), nullptr, to.at(row, start), start,
+      gradient_piece(dtype, from.at(row, start), to.at(row, start), start,
                      std::min(kSegment, from.vocabulary - start), labels[row], labels.possible(row), scaling,
                      upstream.row(row));
     }
@@ -91,7 +91,7 @@ Tensors4 token_stats(const Tensor& logits, const Tensor& labels_tensor, int64_t 
   parallel_units(live * pieces, std::min(kSegment, rows.vocabulary), [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t start = unit % pieces * kSegment;
-      parts[unit] = k.fold(dtype, rows.at(order[unit / pieces], start), nullptr,
+      parts[unit] = k.fold(dtype, rows.at(order[unit / pieces], start),
                            std::min(kSegment, rows.vocabulary - start), scaling);
     }
   });
@@ -100,7 +100,7 @@ Tensors4 token_stats(const Tensor& logits, const Tensor& labels_tensor, int64_t 
       OnlineStats<double> stats = parts[i * pieces];
       for (int64_t p = 1; p < pieces; ++p) stats = merge(stats, parts[i * pieces + p]);
       const int64_t row = order[i];
-      const double z = labels.possible(row) ? k.logit(dtype, rows.at(row, labels[row]), nullptr, scaling) : NAN;
+      const double z = labels.possible(row) ? k.logit(dtype, rows.at(row, labels[row]), scaling) : NAN;
       outputs.store(row, finish(stats, z));
     }
   });
