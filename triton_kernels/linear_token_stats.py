@@ -185,7 +185,7 @@ def combine_kernel(
     tl.store(log_sum_ptr + row, tl.where(ignored, 0.0, log_sum), valid)
 
 
-def tile_config(rows: int, itemsize: int, arch: str) -> dict[str, int]:
+def tile_config(rows: int, size: int, itemsize: int, arch: str) -> dict[str, int]:
     """Tiles of a GEMM from hidden states to logits, whose epilogue works on the accumulators.
 
     128 × 128 with 8 warps leaves 64 accumulators per thread. From Hopper on, operands come from shared memory and
@@ -196,7 +196,8 @@ def tile_config(rows: int, itemsize: int, arch: str) -> dict[str, int]:
     pays per tile, not per element.
     """
     if arch == "interpreter":
-        return {"BLOCK_N": 32, "BLOCK_V": 2048, "BLOCK_H": 128}
+        block_n, block_h = (min(cap, max(16, triton.next_power_of_2(n))) for n, cap in ((rows, 64), (size, 128)))
+        return {"BLOCK_N": block_n, "BLOCK_V": 1024, "BLOCK_H": block_h}
     if itemsize > 2:
         block_h = 32 if itemsize == 4 else 16
         return {"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_H": block_h, "num_warps": 4, "num_stages": 2}
@@ -238,7 +239,7 @@ def linear_token_stats(
     stats = [torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(4)]
     if rows == 0:
         return tuple(stats)
-    config = tile_config(rows, hidden.element_size(), architecture(hidden))
+    config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
     block_n, block_v = config["BLOCK_N"], config["BLOCK_V"]
     splits = vocabulary_splits(rows, vocabulary, block_n, block_v, multiprocessors(hidden))
     per_split = triton.cdiv(triton.cdiv(vocabulary, block_v), splits) * block_v

@@ -134,6 +134,8 @@ def linear_token_stats_backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out."""
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
+    if vocabulary == 1:
+        grad_nll = grad_entropy = None  # both statistics are 0 whatever the logit
     upstream = (grad_nll, grad_entropy, grad_lse)
     given = [g for g in upstream if g is not None]
     needs = [*needs[:2], needs[2] and bias is not None]
@@ -151,7 +153,7 @@ def linear_token_stats_backward(
     grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else hidden.new_empty(0)
     grad_weight = torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
     grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else hidden.new_empty(0)
-    config = tile_config(rows, hidden.element_size(), architecture(hidden))
+    config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
 
     for first in range(0, vocabulary, chunk):
         last = min(first + chunk, vocabulary)

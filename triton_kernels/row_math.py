@@ -61,7 +61,7 @@ def load_words(ptr, words):
 def tanh(x):
     """Hyperbolic tangent, within a few units in the last place (a polynomial where the quotient cancels)."""
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    quotient = (1.0 - decay) / (1.0 + decay)
+    quotient = 1.0 - 2.0 * decay / (1.0 + decay)  # rounded once near 1
     quotient = tl.where(x < 0, -quotient, quotient)
     if x.dtype == tl.float64:
         return quotient
