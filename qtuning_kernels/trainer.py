@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -93,11 +94,18 @@ class QTuningTrainer(Trainer):
                 f"per_device_train_batch_size={self.args.per_device_train_batch_size} is the selection pool, "
                 "and of a pool of one nothing can be pruned; accepted: 2 or more (the paper uses 8)"
             )
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "DeepSpeed counts one backward per batch, and this step makes as many as its kept samples "
-                "need; accepted: one process, DDP or FSDP2"
+                "DeepSpeed and FSDP expect the same number of forwards and backwards of every process, and this step "
+                "makes as many as the kept samples of a process need; accepted: one process, or DDP"
             )
+        for name, value, instead in (
+            ("torch_compile", self.args.torch_compile, "compile the backbone: model.get_decoder().compile()"),
+            ("label_smoothing_factor", self.args.label_smoothing_factor, "leave it 0"),
+            ("compute_loss_func", self.compute_loss_func, "leave it out, the loss is nll of the kept tokens"),
+        ):
+            if value:
+                raise ValueError(f"{name}={value!r} has no place in this trainer's step; {instead}")
         if self.args.n_gpu > 1:
             raise ValueError(
                 "nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate"
@@ -120,7 +128,8 @@ class QTuningTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        loader.device = None  # pools stay on the host, where they are taken apart
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None  # pools stay on the host, where they are taken apart
         return loader
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:

@@ -333,6 +333,14 @@ def test_pool_of_one_is_refused(tmp_path):
         trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"torch_compile": True}, {"label_smoothing_factor": 0.1}], ids=lambda setting: next(iter(setting))
+)
+def test_settings_without_a_place_in_the_step_are_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* has no place in this trainer's step"):
+        trainer(tmp_path, config=PRUNING, **setting)
+
+
 def test_last_pool_of_one_sample(tmp_path):
     run = trainer(tmp_path, count=9, max_steps=2, config=PRUNING)
     run.train()
