@@ -1,6 +1,7 @@
 """Options that several commands share, and what they stand for: a tokenizer, a model, records."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "Both default to the embedded ones (qtuning fetch): SmolLM2-135M-Instruct and 512 word problems "
         "with planted flaws.",
     )
-    group.add_argument(
-        "--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub"
-    )
+    group.add_argument("--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub")
     group.add_argument(
         "--data",
         metavar="PATH|NAME",
@@ -61,16 +60,12 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "input + output (Alpaca)",
     )
     group.add_argument("--data-split", default="train", metavar="NAME", help="split to take (default: train)")
-    group.add_argument(
-        "--data-config", metavar="NAME", help="configuration of a hub data set that has several"
-    )
+    group.add_argument("--data-config", metavar="NAME", help="configuration of a hub data set that has several")
     group.add_argument(
         "--prompt-field", metavar="COLUMN", help="column of the prompt, where the shape is none of these"
     )
     group.add_argument("--completion-field", metavar="COLUMN", help="column of the answer, likewise")
-    group.add_argument(
-        "--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)"
-    )
+    group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
     group.add_argument(
         "--skip-without-answer",
         action="store_true",
@@ -90,6 +85,29 @@ def add_sample_ratio(group: Any) -> None:
         default=0.125,
         metavar="R",
         help="share of the samples of a pool that is kept, in (0, 1] (default: 0.125)",
+    )
+
+
+def add_token_pruning(group: Any) -> None:
+    group.add_argument(
+        "--token-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="share of the answer tokens that is kept in samples of quadrant 2, in (0, 1] (default: 0.5)",
+    )
+    group.add_argument(
+        "--neighbor-weight",
+        type=float,
+        default=0.5,
+        metavar="W",
+        help="how much a token's neighbours count in its score, in [0, 1] (default: 0.5)",
+    )
+    group.add_argument(
+        "--token-mode",
+        choices=("mask", "drop"),
+        default="mask",
+        help="take pruned tokens out of the loss (mask), or out of the sequence too (drop); default: mask",
     )
 
 
@@ -117,9 +135,7 @@ def model_source(arguments: argparse.Namespace) -> str:
     """
     if arguments.model is None:
         if not fetch.is_fetched(fetch.MODEL):
-            raise FileNotFoundError(
-                "the embedded model is not here yet; run: qtuning fetch (or give --model)"
-            )
+            raise FileNotFoundError("the embedded model is not here yet; run: qtuning fetch (or give --model)")
         return str(fetch.asset_folder(fetch.MODEL))
     path = Path(arguments.model).expanduser()
     if path.is_dir():
@@ -197,6 +213,33 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
     return records, samples, report
 
 
+def _shape(arguments: argparse.Namespace, records: Any) -> Any:
+    from qtuning_kernels.conversations import detect_shape
+
+    _, prompt_field, completion_field = data_source(arguments)
+    return detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
+
+
+def answer_column(arguments: argparse.Namespace, records: Any) -> str:
+    """The column that holds the answers."""
+    return _shape(arguments, records).columns[-1]
+
+
+def texts(arguments: argparse.Namespace, records: Any, samples: Any) -> Iterator[dict[str, Any]]:
+    """``id``, ``prompt`` and ``answer`` of each sample, for people to read."""
+    to_messages = _shape(arguments, records).to_messages
+    for sample_id in samples["sample_id"][:]:
+        contents = [message.get("content") or "" for message in to_messages(records.rows[sample_id])]
+        yield {"id": sample_id, "prompt": "\n".join(contents[:-1]), "answer": contents[-1]}
+
+
+def text_limit(samples: Any) -> int:
+    """Characters of a text that a record keeps, so that those of all samples stay within 200 MB."""
+    from qtuning_kernels.record import TEXT_LIMIT
+
+    return max(100, min(TEXT_LIMIT, 200_000_000 // (2 * len(samples))))
+
+
 def tags(arguments: argparse.Namespace, records: Any) -> list[str] | None:
     """One tag per record, or None where there is no such column.
 
@@ -218,9 +261,7 @@ def check_vocabulary(samples: Any, model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     largest = pc.max(pc.list_flatten(samples.data.column("input_ids"))).as_py()
     if largest >= size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together"
-        )
+        raise ValueError(f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together")
 
 
 def quiet_libraries() -> None:

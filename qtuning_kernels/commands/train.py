@@ -29,26 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
     group = parser.add_argument_group("pruning")
     options.add_sample_ratio(group)
-    group.add_argument(
-        "--token-ratio",
-        type=float,
-        default=0.5,
-        metavar="R",
-        help="share of the answer tokens that is kept in samples of quadrant 2, in (0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--neighbor-weight",
-        type=float,
-        default=0.5,
-        metavar="W",
-        help="how much a token's neighbours count in its score, in [0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--token-mode",
-        choices=("mask", "drop"),
-        default="mask",
-        help="take pruned tokens out of the loss (mask), or out of the sequence too (drop); default: mask",
-    )
+    options.add_token_pruning(group)
 
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -72,9 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="passes over the data (default: 1)",
     )
-    group.add_argument(
-        "--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs"
-    )
+    group.add_argument("--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs")
     group.add_argument(
         "--learning-rate",
         type=options.positive_float,
@@ -91,9 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument("--seed", type=int, default=42, metavar="N", help="of everything random (default: 42)")
 
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32"
-    )
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
     group.add_argument(
         "--micro-batch-tokens",
         type=options.positive,
@@ -119,6 +96,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         action="store_true",
         help="go on from the newest checkpoint in --output, with that run's options, to the same result",
     )
+    group.add_argument(
+        "--report-to",
+        default="none",
+        metavar="NAME",
+        help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
+    )
+    group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 
 
@@ -126,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
+    from qtuning_kernels.record import write_texts
 
     options.quiet_libraries()
     console = Console()
@@ -150,11 +135,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lora_rank:
         model = _with_lora(model, arguments.lora_rank, arguments.seed)
     if arguments.resume:
-        console.print(
-            f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
-        )
+        console.print(f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False)
 
     checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
+    texts = options.texts(arguments, records, samples)
+    write_texts(output / "record", texts, limit=options.text_limit(samples))
     trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -169,6 +154,12 @@ def run(arguments: argparse.Namespace) -> None:
     }
     checkpoints.write_atomic(output / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
     _print_summary(console, summary, output, tags)
+    if arguments.report:
+        from qtuning_kernels.report import build_report
+
+        console.print(f"report in {build_report(output)}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"draw the run with: qtuning report {output}", highlight=False, soft_wrap=True)
 
 
 def _options(arguments: argparse.Namespace) -> str:
@@ -202,7 +193,7 @@ def _trainer(
     from transformers import PrinterCallback, TrainingArguments
 
     from qtuning_kernels import QTuningTrainer
-    from qtuning_kernels.commands.progress import RichProgress
+    from qtuning_kernels.panel import RunPanel
 
     default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
     training = TrainingArguments(
@@ -220,7 +211,7 @@ def _trainer(
         save_steps=arguments.save_steps,
         save_total_limit=2,
         logging_steps=1,
-        report_to="none",
+        report_to=arguments.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # sample_id is no argument of the model
@@ -229,7 +220,7 @@ def _trainer(
         model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RichProgress(console))
+    trainer.add_callback(RunPanel(console))
     return trainer
 
 
