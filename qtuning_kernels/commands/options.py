@@ -9,6 +9,7 @@ from qtuning_kernels import fetch
 from qtuning_kernels.config import SCORE_DTYPES
 from qtuning_kernels.records import reads_as_path
 
+_EMBEDDED_SPLITS = ("train", "eval")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -45,7 +46,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    if positional:
+        parser.add_argument("dataset", nargs="?", metavar="DATA", help="the same as --data")
     group = parser.add_argument_group(
         "model and data",
         "Both default to the embedded ones (qtuning fetch): SmolLM2-135M-Instruct and 512 word problems "
@@ -59,7 +62,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "in one of four shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + "
         "input + output (Alpaca)",
     )
-    group.add_argument("--data-split", default="train", metavar="NAME", help="split to take (default: train)")
+    group.add_argument("--data-split", metavar="NAME", help="split to take (default: train)")
     group.add_argument("--data-config", metavar="NAME", help="configuration of a hub data set that has several")
     group.add_argument(
         "--prompt-field", metavar="COLUMN", help="column of the prompt, where the shape is none of these"
@@ -150,12 +153,21 @@ def data_source(arguments: argparse.Namespace) -> tuple[str, str | None, str | N
 
     Raises:
         FileNotFoundError: the embedded data is not fetched.
+        ValueError: the data is given twice, or has no such split.
     """
-    if arguments.data is not None:
-        return arguments.data, arguments.prompt_field, arguments.completion_field
+    positional, split = getattr(arguments, "dataset", None), arguments.data_split
+    if positional is not None and arguments.data is not None:
+        raise ValueError(f"data is given twice: {positional!r} and --data {arguments.data!r}")
+    data = arguments.data if positional is None else positional
+    if data is not None:
+        if split is not None and Path(data).expanduser().is_file():
+            raise ValueError(f"--data-split {split!r}: {data} is one file, which has no splits")
+        return data, arguments.prompt_field, arguments.completion_field
+    if split not in (None, *_EMBEDDED_SPLITS):
+        raise ValueError(f"--data-split {split!r}: the embedded data has {', '.join(_EMBEDDED_SPLITS)}")
     if not fetch.is_fetched(fetch.DATA):
         raise FileNotFoundError("the embedded data is not here yet; run: qtuning fetch (or give --data)")
-    file = fetch.asset_folder(fetch.DATA) / f"{'train' if arguments.data_split == 'train' else 'eval'}.jsonl"
+    file = fetch.asset_folder(fetch.DATA) / f"{split or 'train'}.jsonl"
     return str(file), arguments.prompt_field or "question", arguments.completion_field or "answer"
 
 
@@ -183,15 +195,18 @@ def load_model(source: str) -> Any:
     """The model with float32 weights.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or weights are missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever a model's own code, its files or the network raise
         raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
+        raise ValueError(f"model {source!r}: {len(missing)} weights are not in its files, the first {missing[0]!r}")
+    return model
 
 
 def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
@@ -200,8 +215,7 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
     from qtuning_kernels.records import read_records
 
     data, prompt_field, completion_field = data_source(arguments)
-    split = arguments.data_split if arguments.data is not None else "train"
-    records = read_records(data, split=split, config=arguments.data_config)
+    records = read_records(data, split=arguments.data_split or "train", config=arguments.data_config)
     samples, report = tokenize_records(
         records,
         tokenizer,

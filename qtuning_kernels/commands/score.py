@@ -19,9 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "column, and the beginnings of prompt and answer. The whole data set is one selection pool.",
         epilog="example: qtuning score --model HuggingFaceTB/SmolLM2-135M-Instruct my.jsonl --output plane.parquet",
     )
-    parser.add_argument("dataset", nargs="?", metavar="DATA", help="the same as --data")
     options.add_config(parser)
-    options.add_model_and_data(parser)
+    options.add_model_and_data(parser, positional=True)
     parser.add_argument(
         "--output", type=Path, default=Path("plane.parquet"), metavar="FILE", help="default: plane.parquet"
     )
@@ -35,10 +34,6 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     options.quiet_libraries()
-    if arguments.dataset is not None:
-        if arguments.data is not None:
-            raise ValueError(f"data is given twice: {arguments.dataset!r} and --data {arguments.data!r}")
-        arguments.data = arguments.dataset
     console = Console()
     source = options.model_source(arguments)
     records, samples, report = options.load_data(arguments, options.load_tokenizer(source))
