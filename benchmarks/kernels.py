@@ -187,7 +187,7 @@ def measure_memory(kind: str, name: str, shape: Shape) -> dict[str, object]:
         f"{kind:17}{shape.dtype:9} n={shape.n} v={shape.v} {name:24}{peak:10.1f} MiB above its inputs",
         flush=True,
     )
-    return {"group": f"{kind}_memory", "what": name, **fields, "peak_mib": f"{peak:.1f}"}
+    return {"group": f"{kind}_memory", "what": name, **fields, "clock": "", "peak_mib": f"{peak:.1f}"}
 
 
 def peak_in_this_process(kind: str, name: str, shape: Shape) -> float:
@@ -223,13 +223,24 @@ def memory_plan(quick: bool) -> list[tuple[str, str, Shape]]:
     return plans + [("linear_loss", name, shape) for shape in both for name in LOSSES]
 
 
+def replaced(row: dict[str, str], only: set[str], clock: str) -> bool:
+    """Whether this run measures again what the row holds."""
+    if row["group"].endswith("_memory"):
+        return "memory" in only
+    return row["group"] in only and row["clock"] == clock
+
+
 def plot() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read_rows(RESULTS / "kernels.csv") if row["n"] == "2048" and row["v"] == "49152"]
+    rows = [
+        row
+        for row in read_rows(RESULTS / "kernels.csv")
+        if row["n"] == "2048" and row["clock"] in ("wall", "")
+    ]
     panels = ["forward", "forward_backward", "backward", "linear_stats", "linear_loss", "linear_loss_memory"]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))
     for axis, group in zip(axes.flat, panels, strict=True):
@@ -270,6 +281,9 @@ def main() -> None:
     )
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: one thread, a quarter of the rows"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw")
     parser.add_argument(
         "--peak", nargs=6, metavar=("KIND", "NAME", "N", "H", "V", "DTYPE"), help=argparse.SUPPRESS
@@ -286,19 +300,14 @@ def main() -> None:
     only = set(options.only or [*GROUPS, "memory"])
     target = RESULTS / "kernels.csv"
     rows = []
-    if not options.quick and options.only and target.exists():
-        rows = [
-            row
-            for row in read_rows(target)
-            if row["group"].removesuffix("_memory") not in only
-            and not ("memory" in only and row["group"].endswith("_memory"))
-        ]
+    if not options.quick and target.exists():
+        rows = [row for row in read_rows(target) if not replaced(row, only, options.clock)]
     repeats = 2 if options.quick else options.repeats
-    jobs = [
-        lambda p=p: time_group(p[0], p[1], repeats, **p[2])
-        for p in plan(options.quick, not options.no_sweeps and not options.quick)
-        if p[0] in only
-    ]
+    plans = plan(options.quick, not options.no_sweeps and not options.quick)
+    if options.clock == "cpu":  # time that other processes take does not count, but threads that wait do
+        torch.set_num_threads(1)
+        plans = [(group, replace(shape, n=max(1, shape.n // 4)), more) for group, shape, more in plans]
+    jobs = [lambda p=p: time_group(p[0], p[1], repeats, options.clock, **p[2]) for p in plans if p[0] in only]
     if "memory" in only:
         jobs += [lambda p=p: [measure_memory(*p)] for p in memory_plan(options.quick)]
     for job in jobs:

@@ -1,4 +1,4 @@
-"""What only the native backend has: its exp, instruction sets, threads, workspaces, and how it is left out."""
+"""What only the native backend has: its exp, instruction sets, threads, workspaces, and its build."""
 
 import json
 import os

@@ -220,8 +220,11 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
         const int64_t start = p * part_rows, n = std::min(part_rows, head.vocabulary - start);
         Tensor product = wrap(product_data, n, head.size, head.hidden);
         at::cpu::mm_out(product, logits.narrow(1, start, n).t(), hidden);
-        k.accumulate(head.dtype, product_data, weight_sum.mutable_data_ptr<float>() + start * head.size,
-                     n * head.size);
+        float* sum = weight_sum.mutable_data_ptr<float>() + start * head.size;
+        k.accumulate(head.dtype, product_data, sum, n * head.size);
+        // GEMMs of this precision round their result; the same one again, less that result, gives what was lost
+        at::cpu::addmm_out(product, product, logits.narrow(1, start, n).t(), hidden, /*beta=*/-1, /*alpha=*/1);
+        k.accumulate(head.dtype, product_data, sum, n * head.size);
       }
     });
     if (needs[2]) {
