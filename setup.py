@@ -26,7 +26,7 @@ def why_not() -> str | None:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
         return "PyTorch was not there at build time (install with --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler at build time ({compiler!r} not found)"
     return None
