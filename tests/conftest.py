@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
 
 from qtuning_kernels.ops import BACKENDS, unavailable_reason
 
+from .interpreter import quicken
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -35,6 +37,8 @@ def backend(request, monkeypatch):
         pytest.skip(f"backend {request.param}: {reason}")
     if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("backend triton on CPU tensors needs TRITON_INTERPRET=1")
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        quicken()
     monkeypatch.setenv("QTUNING_BACKEND", request.param)
     return request.param
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -161,7 +162,8 @@ def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_aft
     assert process.wait() == -signal.SIGKILL, process.stdout.read()
     assert not (broken / "final").exists()
 
-    assert cli.main(["train", *arguments, "--output", str(broken), "--resume"]) == 0
+    # with the run's own options
+    assert cli.main(["train", "--output", str(broken), "--resume"]) == 0
     assert cli.main(["train", *arguments, "--output", str(whole)]) == 0
     resumed, uninterrupted = weights(broken / "final"), weights(whole / "final")
     assert resumed.keys() == uninterrupted.keys()
@@ -201,6 +203,24 @@ def test_score_is_the_models_own_loss(options, model, tmp_path):
             torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
         ).loss
     assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_score_takes_its_data_once(options, data, capsys):
+    assert cli.main(["score", *options, str(data)]) == 1
+    assert "data is given twice" in capsys.readouterr().err
+    without_data = [*options[:2], *options[4:]]
+    assert cli.main(["score", str(data), *without_data]) == 0
+    assert len(pq.read_table("plane.parquet")) == 24
+
+
+def test_warnings_are_one_line_each(monkeypatch, capsys):
+    def warn(_arguments):
+        warnings.warn("two\nlines", stacklevel=2)
+        warnings.warn("a library's own business", FutureWarning, stacklevel=2)
+
+    monkeypatch.setattr("qtuning_kernels.commands.info.run", warn)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "qtuning: warning: two lines\n"
 
 
 def test_info(capsys):
@@ -332,8 +352,9 @@ def test_bad_input_ends_in_one_line(option, make, message, options, model, tmp_p
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("qtuning: error: ")
-    assert error.count("\n") == 1
+    lines = [line for line in error.splitlines() if not line.startswith("qtuning: warning: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("qtuning: error: ")
     assert not list(tmp_path.glob("runs/*/final"))
 
 

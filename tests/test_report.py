@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -105,12 +106,15 @@ def test_every_point_of_the_plane_is_a_row_of_the_record(page, run):
         seen = set()
         for trace in figure["data"]:
             x, y, custom = (array(trace[name]) for name in ("x", "y", "customdata"))
-            for ppl, entropy, (sample, step, kept, total) in zip(x, y, custom, strict=True):
+            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(
+                x, y, custom, strict=True
+            ):
                 ident = int(page.data["samples"]["id"][sample])
                 row = table[int(step), ident]
                 assert ppl == np.float32(row["ppl"])
                 assert entropy == np.float32(row["entropy"])
                 assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
+                assert (role, bool(supplemented)) == (row["role"], row["supplemented"])
                 assert trace["name"].endswith("kept" if row["keep"] else "dropped")
                 assert trace["name"].startswith(f"Q{row['quadrant']} " if row["quadrant"] else "middle")
                 assert ident not in seen
@@ -398,3 +402,52 @@ def test_fifty_thousand_samples_fit(tmp_path):
     page = Page(output)
     assert_numbers(page, folder)
     assert page.data["frames"][0]["shown"] == page.data["frames"][0]["total"] == 50_000
+    limit = page.data["samples"]["limit"]
+    assert f"Texts are cut at {limit} characters" in page.text
+    assert {len(text) for text in page.data["samples"]["answer"]} == {limit}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the trainer itself, on a tiny model."""
+    from transformers import TrainingArguments
+
+    from qtuning_kernels import QTuningConfig, QTuningTrainer
+
+    from .tiny import tiny_model, tiny_samples
+
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    config = QTuningConfig(sample_ratio=0.25, token_ratio=0.5)
+    QTuningTrainer(tiny_model(), arguments, train_dataset=tiny_samples(48), qtuning=config).train()
+    return folder
+
+
+def test_report_of_the_trainers_own_record(trained):
+    """Whatever the report needs, the trainer records: nothing is missing and every number agrees."""
+    page = Page(build_report(trained))
+    assert_numbers(page, trained)
+    assert all(value is not None for value in page.numbers.values())
+    assert page.numbers["samples_seen"] == 80
+    assert page.numbers["samples_kept"] == 20
+    assert "Not recorded" not in page.text
+    assert set(page.data["frames"][0]["thresholds"]) == {"ppl_low", "ppl_high", "entropy_low", "entropy_high"}
+    assert sum(len(array(trace["x"])) for trace in page.data["figures"]["plane"][0]["data"]) == 48
+
+
+def test_command(run, tmp_path, capsys):
+    from qtuning_kernels import cli
+
+    assert cli.main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'r.html'}\n"
+    assert cli.main(["report", str(tmp_path / "none")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_missing_library_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ModuleNotFoundError, match=r"plotly: pip install 'qtuning-kernels\[report\]'"):
+        build_report(run)

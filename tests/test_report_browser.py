@@ -118,7 +118,7 @@ def test_hover_shows_the_text_of_the_sample(open_report, run):
     point = page.evaluate(FIND_POINT)
     page.mouse.move(*point["at"])
     page.locator("#hovered .prompt").wait_for()
-    sample, step, kept, total = point["custom"]
+    sample, step, kept, total, _, _ = point["custom"]
     row = next(r for r in rows(run, "samples.jsonl") if (r["step"], r["id"]) == (step, sample))
     text = next(t for t in rows(run, "texts.jsonl") if t["id"] == sample)
     shown = page.locator("#hovered").inner_text()

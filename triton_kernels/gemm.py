@@ -116,11 +116,12 @@ def column_sums_kernel(
     tl.store(out_ptr + column, total, valid)
 
 
-def gemm_config(itemsize: int, arch: str) -> dict[str, int]:
-    """Tiles of the products: the largest that spill nothing; small where no 16-bit matrix instructions help, and
-    large in the interpreter, which pays per tile."""
+def gemm_config(m: int, k: int, n: int, itemsize: int, arch: str) -> dict[str, int]:
+    """Tiles of the products: the largest that spill nothing; small where no 16-bit matrix instructions help. In the
+    interpreter, which pays per tile and per element, as large as the product."""
     if arch == "interpreter":
-        return {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 1024, "GROUP": 1}
+        blocks = (min(cap, max(16, triton.next_power_of_2(size))) for size, cap in ((m, 1024), (n, 128), (k, 1024)))
+        return {**dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)), "GROUP": 1}
     if itemsize > 2:
         block_k = 32 if itemsize == 4 else 16
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_k, "GROUP": 8, "num_warps": 4, "num_stages": 2}
@@ -140,7 +141,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, count: Tensor, *, limit: str, ad
             "K" if the inner dimension is: what lies behind is not read.
         add: whether `out` is added to.
     """
-    config = gemm_config(a.element_size(), architecture(a))
+    config = gemm_config(*a.shape, b.shape[1], a.element_size(), architecture(a))
     grid = triton.cdiv(a.shape[0], config["BLOCK_M"]) * triton.cdiv(b.shape[1], config["BLOCK_N"])
     with on_device(a):
         gemm_kernel[(grid,)](

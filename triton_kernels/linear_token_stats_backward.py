@@ -134,12 +134,13 @@ def linear_token_stats_backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out."""
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
+    if vocabulary == 1:
+        grad_nll = grad_entropy = None  # both statistics are 0 whatever the logit
     upstream = (grad_nll, grad_entropy, grad_lse)
     given = [g for g in upstream if g is not None]
-    none = hidden.new_empty(0)
     needs = [*needs[:2], needs[2] and bias is not None]
     if rows == 0 or not given or not any(needs):
-        grads = (torch.zeros_like(x) if need else none for x, need in zip((hidden, weight, bias), needs, strict=True))
+        grads = (torch.zeros_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight, bias), needs, strict=True))
         return tuple(grads)
 
     index, count = live_rows((labels != ignore_index) & torch.stack([g != 0 for g in given]).any(0))
@@ -149,10 +150,10 @@ def linear_token_stats_backward(
     pitch = triton.cdiv(chunk, 64) * 64  # rows stay aligned
     gradients = hidden.new_empty((rows, pitch))
     dtype = stats_dtype(hidden.dtype)
-    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else none
-    grad_weight = torch.empty_like(weight) if needs[1] else none
-    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else none
-    config = tile_config(rows, hidden.element_size(), architecture(hidden))
+    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
+    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else hidden.new_empty(0)
+    config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
 
     for first in range(0, vocabulary, chunk):
         last = min(first + chunk, vocabulary)
@@ -191,4 +192,4 @@ def linear_token_stats_backward(
             column_sums(g, grad_bias[first:last], count, add=False)
     if needs[0]:
         grad_hidden = torch.empty_like(hidden).index_copy_(0, index, grad_hidden.to(hidden.dtype))
-    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else none
+    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else hidden.new_empty(0)

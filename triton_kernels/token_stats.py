@@ -84,7 +84,7 @@ def token_stats_kernel(
     x_label = tl.load(logits_ptr + start + label, possible, float("nan"))
     x_label = tl.where(possible, scaled(x_label, INNER, HAS_SOFTCAP), float("nan"))
     r, total, weighted = merge(r, total, weighted, 0)
-    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, UNIT)
+    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, V, UNIT)
     tl.store(nll_ptr + row, nll)
     tl.store(entropy_ptr + row, entropy)
     tl.store(row_max_ptr + row, row_max)

@@ -9,6 +9,7 @@ from typing import Any
 from qtuning_kernels.commands import checkpoints, options
 from qtuning_kernels.commands.tables import QUADRANTS, quadrant_table
 
+OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
 _LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
 
@@ -97,7 +98,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output, to the same result",
+        help="go on from the newest checkpoint in --output, with that run's options, to the same result",
     )
     group.add_argument(
         "--report-to",
@@ -144,6 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
         )
 
+    checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
     texts = options.texts(arguments, records, samples)
     write_texts(output / "record", texts, limit=options.text_limit(samples))
     trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
@@ -166,6 +168,12 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"report in {build_report(output)}", highlight=False, soft_wrap=True)
     else:
         console.print(f"draw the run with: qtuning report {output}", highlight=False, soft_wrap=True)
+
+
+def _options(arguments: argparse.Namespace) -> str:
+    """The options as a configuration file."""
+    passing = ("command", "run", "config", "debug", "resume", "output")
+    return json.dumps({k: v for k, v in vars(arguments).items() if k not in passing}, indent=2) + "\n"
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:

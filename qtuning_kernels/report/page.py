@@ -71,6 +71,7 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
     frame_list = plane.frames(samples, steps)
     ids = samples.id.drop_duplicates().tolist()
     figure_list = figures.plane_figures(frame_list, {each: i for i, each in enumerate(ids)})
+    excerpts = texts.excerpts(ids, text_table)
     frame_notes = [
         {
             "label": frame.label,
@@ -84,9 +85,10 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
     return {
         "frames": frame_list,
         "figures": {"plane": figure_list},
+        "excerpt_limit": excerpts["limit"],
         "data": {
             "frames": frame_notes,
-            "samples": {"id": [str(each) for each in ids], **texts.excerpts(ids, text_table)},
+            "samples": {"id": [str(each) for each in ids], **excerpts},
             "themes": figures.THEMES,
         },
     }
@@ -123,6 +125,7 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
         "bins": len(curves),
         "heights": _heights(charts),
         "has_texts": len(record.texts) > 0,
+        "excerpt_limit": parts["excerpt_limit"],
         "tokens": token_list,
         "tokens_left": token_rest,
         "never": texts.listed(fate_table, record.texts, kept=False),
@@ -148,6 +151,7 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "bins": 0,
         "heights": _heights(parts["figures"]),
         "has_texts": len(text_table) > 0,
+        "excerpt_limit": parts["excerpt_limit"],
         "tokens": [],
         "tokens_left": 0,
         "never": [],
