@@ -15,11 +15,7 @@ from setuptools.command.build_py import build_py
 
 RECORD = Path("qtuning_kernels/native_build.json")  # read by qtuning_kernels/native.py
 WANTED = os.environ.get("QTUNING_NATIVE", "")
-SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-    if os.environ.get("QTUNING_SANITIZE")
-    else []
-)
+SANITIZE = ["-fsanitize=address,undefined", "-O1"] if os.environ.get("QTUNING_SANITIZE") else []
 
 
 def why_not() -> str | None:
@@ -30,7 +26,7 @@ def why_not() -> str | None:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
         return "PyTorch was not there at build time (install with --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler at build time ({compiler!r} not found)"
     return None
@@ -63,19 +59,11 @@ def extension() -> dict:
     # -fopenmp at compile time only: the symbols come from the OpenMP runtime that PyTorch has loaded, since
     # a second one would ignore torch.set_num_threads. No trapping or errno: loops with selects vectorise.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    compile_args = [
-        "-O3",
-        *openmp,
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-g0",
-        *SANITIZE,
-    ]
+    vectorise = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     native = CppExtension(
         "qtuning_kernels._C",
         sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        extra_compile_args=compile_args,
+        extra_compile_args=["-O3", "-g0", *openmp, *vectorise, *SANITIZE],
         extra_link_args=SANITIZE,
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc"}),
     )
