@@ -197,9 +197,7 @@ def test_score_is_the_models_own_loss(options, model, tmp_path):
     prompt = tokenizer(ROWS[5]["question"]).input_ids
     answer = tokenizer(ROWS[5]["answer"]).input_ids + [tokenizer.eos_token_id]
     with torch.no_grad():
-        loss = plain(
-            torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
-        ).loss
+        loss = plain(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
     assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
@@ -225,9 +223,7 @@ def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_p
     monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
     assert cli.main(["train", "--max-steps", "1"]) == 0
     assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
-    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace(
-        "\n", ""
-    )
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_config_file(options, tmp_path):

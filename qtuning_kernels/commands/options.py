@@ -51,9 +51,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "Both default to the embedded ones (qtuning fetch): SmolLM2-135M-Instruct and 512 word problems "
         "with planted flaws.",
     )
-    group.add_argument(
-        "--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub"
-    )
+    group.add_argument("--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub")
     group.add_argument(
         "--data",
         metavar="PATH|NAME",
@@ -62,16 +60,12 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "input + output (Alpaca)",
     )
     group.add_argument("--data-split", default="train", metavar="NAME", help="split to take (default: train)")
-    group.add_argument(
-        "--data-config", metavar="NAME", help="configuration of a hub data set that has several"
-    )
+    group.add_argument("--data-config", metavar="NAME", help="configuration of a hub data set that has several")
     group.add_argument(
         "--prompt-field", metavar="COLUMN", help="column of the prompt, where the shape is none of these"
     )
     group.add_argument("--completion-field", metavar="COLUMN", help="column of the answer, likewise")
-    group.add_argument(
-        "--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)"
-    )
+    group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
     group.add_argument(
         "--skip-without-answer",
         action="store_true",
@@ -141,9 +135,7 @@ def model_source(arguments: argparse.Namespace) -> str:
     """
     if arguments.model is None:
         if not fetch.is_fetched(fetch.MODEL):
-            raise FileNotFoundError(
-                "the embedded model is not here yet; run: qtuning fetch (or give --model)"
-            )
+            raise FileNotFoundError("the embedded model is not here yet; run: qtuning fetch (or give --model)")
         return str(fetch.asset_folder(fetch.MODEL))
     path = Path(arguments.model).expanduser()
     if path.is_dir():
@@ -269,9 +261,7 @@ def check_vocabulary(samples: Any, model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     largest = pc.max(pc.list_flatten(samples.data.column("input_ids"))).as_py()
     if largest >= size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together"
-        )
+        raise ValueError(f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together")
 
 
 def quiet_libraries() -> None:

@@ -53,9 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     _write(table, arguments.output)
     rows = table.drop_columns(["prompt", "answer"]).to_pylist()
     groups = None if tags is None else [tags[row["sample_id"]] for row in rows]
-    console.print(
-        quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups)
-    )
+    console.print(quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups))
     console.print(f"{len(rows)} samples in {arguments.output}", highlight=False, soft_wrap=True)
 
 

@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.write == "tokens":
         rows = _token_rows(samples, selection, config.token_mode)
     elif arguments.write == "text":
-        rows = _text_rows(
-            records, samples, selection, tokenizer, options.answer_column(arguments, records), console
-        )
+        rows = _text_rows(records, samples, selection, tokenizer, options.answer_column(arguments, records), console)
     else:
         rows = (_record(records, samples, index) for index in _kept(selection))
     written = _write(rows, arguments.output)

@@ -13,9 +13,7 @@ QUADRANTS = {
 }
 
 
-def quadrant_table(
-    quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None
-) -> Any:
+def quadrant_table(quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None) -> Any:
     """Samples by group (rows) and quadrant (columns), how many were kept behind a slash where any were.
 
     Args:

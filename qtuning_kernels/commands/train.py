@@ -52,9 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="passes over the data (default: 1)",
     )
-    group.add_argument(
-        "--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs"
-    )
+    group.add_argument("--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs")
     group.add_argument(
         "--learning-rate",
         type=options.positive_float,
@@ -71,9 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument("--seed", type=int, default=42, metavar="N", help="of everything random (default: 42)")
 
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32"
-    )
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
     group.add_argument(
         "--micro-batch-tokens",
         type=options.positive,
@@ -105,9 +101,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="NAME",
         help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
     )
-    group.add_argument(
-        "--report", action="store_true", help="end with qtuning report, which draws the finished run"
-    )
+    group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 
 
@@ -140,9 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lora_rank:
         model = _with_lora(model, arguments.lora_rank, arguments.seed)
     if arguments.resume:
-        console.print(
-            f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
-        )
+        console.print(f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False)
 
     texts = options.texts(arguments, records, samples)
     write_texts(output / "record", texts, limit=options.text_limit(samples))
