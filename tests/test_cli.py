@@ -242,7 +242,7 @@ def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_p
     shutil.copy(data, cache / fetch_module.DATA.name / "train.jsonl")
     monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
     assert cli.main(["train", "--max-steps", "1"]) == 0
-    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace("\n", "")
     assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
     assert cli.main(["score", "--data-split", "validation"]) == 1
     assert "the embedded data has train, eval" in capsys.readouterr().err

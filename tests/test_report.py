@@ -106,9 +106,7 @@ def test_every_point_of_the_plane_is_a_row_of_the_record(page, run):
         seen = set()
         for trace in figure["data"]:
             x, y, custom = (array(trace[name]) for name in ("x", "y", "customdata"))
-            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(
-                x, y, custom, strict=True
-            ):
+            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(x, y, custom, strict=True):
                 ident = int(page.data["samples"]["id"][sample])
                 row = table[int(step), ident]
                 assert ppl == np.float32(row["ppl"])
@@ -305,9 +303,7 @@ def test_killed_run(tmp_path):
 def test_run_without_scores(tmp_path):
     """Steps of a warm-up on full data have samples but no place on the plane."""
     with RunRecord(tmp_path / "record") as record:
-        record.write_step(
-            {"step": 1, "loss": 1.0}, [{"id": 0, "num_tokens": 5, "keep": True, "kept_tokens": 5}]
-        )
+        record.write_step({"step": 1, "loss": 1.0}, [{"id": 0, "num_tokens": 5, "keep": True, "kept_tokens": 5}])
     page = Page(build_report(tmp_path))
     assert_numbers(page, tmp_path)
     assert "Not recorded per sample: ppl, entropy, quadrant, role, supplemented" in page.text
