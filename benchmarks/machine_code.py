@@ -193,7 +193,7 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
                 pending.append(label.group(1))
             elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
                 position, op, rest = int(found.group(1), 16), found.group(2), found.group(3)
-                labels.update({name: position for name in pending})
+                labels.update(dict.fromkeys(pending, position))
                 pending = []
                 target = re.search(r"`\((\.L_x_\d+)\)", rest)
                 instructions.append(
@@ -230,7 +230,7 @@ def read_amdgcn(text: str, arch: str, threads: int, shared: int = 0) -> Kernel:
         if label := re.match(r"(\.LBB\w+):", line):
             pending.append(label.group(1))
         elif found := re.match(r"\s+((?:[sv]|ds|global|buffer|flat|scratch)_\w+)(.*)", line):
-            labels.update({name: position for name in pending})
+            labels.update(dict.fromkeys(pending, position))
             pending = []
             target = re.search(r"(\.LBB\w+)", found.group(2)) if "branch" in found.group(1) else None
             instructions.append((position, found.group(1), target.group(1) if target else ""))

@@ -6,7 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, multiprocessors, on_device, product
+from qtuning_kernels.triton_kernels.launch import (
+    FUSED,
+    architecture,
+    dot_precision,
+    multiprocessors,
+    on_device,
+    product,
+)
 from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
 
 
