@@ -106,6 +106,18 @@ def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, c
         assert f"8 / {kept}" in table[kind]
 
 
+def test_train_can_end_with_its_report(options, tmp_path, capsys):
+    """The report holds the texts, and the command that was run."""
+    pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--batch-size", "8", "--report"]) == 0
+    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for row in ROWS:
+        assert row["question"] in page
+    assert "recorded no texts" not in page
+
+
 def test_train_with_everything_kept(options, tmp_path):
     everything = ["--sample-ratio", "1", "--token-ratio", "1", "--max-steps", "1"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "run"), *everything]) == 0

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
+    from qtuning_kernels.panel import RunPanel
     from qtuning_kernels.record import write_texts
 
     options.quiet_libraries()
@@ -140,9 +141,14 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
     texts = options.texts(arguments, records, samples)
     write_texts(output / "record", texts, limit=options.text_limit(samples))
-    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
+    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning)
+    panel = RunPanel(console)
+    trainer.add_callback(panel)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        panel.close()
     seconds = time.perf_counter() - started
     final = checkpoints.save_final(trainer, tokenizer, output)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -187,13 +193,11 @@ def _trainer(
     tokenizer: Any,
     samples: Any,
     qtuning: Any,
-    console: Any,
 ) -> Any:
     import torch
     from transformers import PrinterCallback, TrainingArguments
 
     from qtuning_kernels import QTuningTrainer
-    from qtuning_kernels.panel import RunPanel
 
     default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
     training = TrainingArguments(
@@ -220,7 +224,6 @@ def _trainer(
         model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunPanel(console))
     return trainer
 
 
