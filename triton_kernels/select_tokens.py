@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
+from torch import Tensor
 
 PAIRS = 128  # up to this many tokens, comparing all pairs takes less time than 32 passes
 

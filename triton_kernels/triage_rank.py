@@ -8,9 +8,8 @@ comparisons, which spread over the device take microseconds; a sort would take m
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from qtuning_kernels.triton_kernels.launch import INTERPRETED, UNFUSED, on_device
+from torch import Tensor
 
 ALPHA_MAX_PERCENT = tl.constexpr(49)
 
@@ -99,9 +98,7 @@ def min_max(x, eligible, least, most):
 
 # Reads 8 bytes per pair of samples (from cache), writes 1 per sample.
 @triton.jit
-def rank_kernel(
-    keys_ptr, score_ptr, keep_ptr, last_key_ptr, k, B, BLOCK: tl.constexpr, OTHERS: tl.constexpr
-):
+def rank_kernel(keys_ptr, score_ptr, keep_ptr, last_key_ptr, k, B, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < B
     key = tl.load(keys_ptr + i, valid, 0)[:, None]
@@ -171,9 +168,7 @@ def pair_config(size: int) -> dict[str, int]:
     return {"BLOCK": 16, "OTHERS": 128, "num_warps": 4}
 
 
-def triage_rank(
-    ppl: Tensor, entropy: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def triage_rank(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Stage 1 as a ranking: quadrant, role, keep, kept_index, supplemented, alpha."""
     ppl, entropy = ppl.float().contiguous(), entropy.float().contiguous()
     size, device = ppl.shape[0], ppl.device
