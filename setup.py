@@ -60,8 +60,8 @@ def extension() -> dict:
                 print(f"the native extension is left out: {error}", file=sys.stderr)
                 self.extensions = []
 
-    # -fopenmp at compile time only: the symbols come from the OpenMP runtime that PyTorch has loaded, since a
-    # second one would ignore torch.set_num_threads. No trapping or errno, so that loops with selects vectorise.
+    # -fopenmp at compile time only: the symbols come from the OpenMP runtime that PyTorch has loaded, since
+    # a second one would ignore torch.set_num_threads. No trapping or errno: loops with selects vectorise.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     compile_args = [
         "-O3",

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.commands import fetch, info, score, train
+from qtuning_kernels.commands import fetch, info, report, score, select, train
 
 # one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
-COMMANDS = (train, score, fetch, info)
+COMMANDS = (train, report, score, select, fetch, info)
 
 
 class UsageError(ValueError):

@@ -88,7 +88,8 @@ def detect_shape(
         return Shape("alpaca", ("system", "instruction", "input", "output"), "\n", _from_alpaca)
     raise DataError(
         f"unknown shape: {found}; accepted: messages | conversations | prompt + completion | "
-        "instruction (+ input) + output | two columns named by prompt_field and completion_field"
+        "instruction (+ input) + output | two columns named by prompt_field and completion_field "
+        "(--prompt-field, --completion-field)"
     )
 
 

@@ -121,6 +121,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _command() -> str:
+    """The command line of this process, as one would type it."""
+    script = Path(sys.argv[0]).name
+    return shlex.join(["qtuning", *sys.argv[1:]] if script == "qtuning" else sys.orig_argv)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -161,14 +167,14 @@ class RunRecord:
         if exists and resume_step is not None:
             self.run = read_run(self.folder)
             self.run.setdefault("resumed", []).append(
-                {"step": resume_step, "created": _now(), "command": shlex.join(sys.orig_argv)}
+                {"step": resume_step, "created": _now(), "command": _command()}
             )
             self._truncate(resume_step)
         else:
             self.run = {
                 "record_version": RECORD_VERSION,
                 "created": _now(),
-                "command": shlex.join(sys.orig_argv),
+                "command": _command(),
                 "configuration": {},
                 "versions": _versions(),
                 "resumed": [],

@@ -21,7 +21,7 @@ SAMPLE_COLUMNS = (
 )
 # ppl_low, ppl_high, entropy_low, entropy_high: the quantiles Q_α and Q_(1−α) of the pool.
 # tokens_seen: trainable tokens of the pool; tokens_kept: those in the loss; tokens_scored: positions that the
-# scoring forward read. flops_spent: of this step; flops_full: of the same step on full data.
+# scoring forwards read, padding included. flops_spent: of this step; flops_full: of the step on full data.
 STEP_COLUMNS = (
     *("step", "epoch", "loss", "learning_rate"),
     *("alpha", "ppl_low", "ppl_high", "entropy_low", "entropy_high"),

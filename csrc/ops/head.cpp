@@ -1,5 +1,6 @@
 #include "head.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -16,9 +17,11 @@
 namespace qt {
 namespace {
 
-// A tile of logits stays in the last-level cache between the GEMM and the fold; larger ones gain no GEMM speed.
-constexpr int64_t kTileRows = 1024;
-constexpr int64_t kTileElements = int64_t(1) << 20;
+// One thread multiplies and folds one tile of logits at a time, by itself: the tile stays in its cache, and the
+// threads meet once per kGroupRows rows instead of twice per tile.
+constexpr int64_t kTileRows = 512;
+constexpr int64_t kTileColumns = 1024;
+constexpr int64_t kGroupRows = 2048;
 // Whole rows of logits for a gradient: more rows per chunk mean fewer passes over the head's gradient.
 constexpr int64_t kChunkBytes = int64_t(48) << 20;
 
@@ -54,20 +57,21 @@ int64_t even_chunk(int64_t total, int64_t limit) {
   return (total + chunks - 1) / chunks;
 }
 
-// Folds columns [start, start + n) of `count` rows of logits, `stride` apart, into `stats` and `label_logits`.
-void fold_columns(const Head& head, const Labels& labels, const int64_t* rows, int64_t count, const void* logits,
-                  int64_t stride, int64_t start, int64_t n, OnlineStats<double>* stats, double* label_logits) {
+// Folds `count` whole rows of logits.
+void fold_rows(const Head& head, const Labels& labels, const int64_t* rows, int64_t count, const char* logits,
+               OnlineStats<double>* stats, double* label_logits) {
   const Kernels& k = kernels();
-  parallel_units(count, n, [&](int64_t first, int64_t last) {
+  parallel_units(count, head.vocabulary, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const char* x = static_cast<const char*>(logits) + i * stride * head.element;
-      for (int64_t done = 0; done < n; done += kSegment) {
-        const int64_t length = std::min(kSegment, n - done);
-        stats[i] = merge(stats[i], k.fold(head.dtype, x + done * head.element, length, head.scaling));
+      const char* x = logits + i * head.vocabulary * head.element;
+      stats[i] = empty_stats<double>();
+      for (int64_t start = 0; start < head.vocabulary; start += kSegment) {
+        const int64_t n = std::min(kSegment, head.vocabulary - start);
+        stats[i] = merge(stats[i], k.fold(head.dtype, x + start * head.element, n, head.scaling));
       }
       const int64_t label = labels[rows[i]];
-      if (label >= start && label < start + n)
-        label_logits[i] = k.logit(head.dtype, x + (label - start) * head.element, head.scaling);
+      label_logits[i] =
+          labels.possible(rows[i]) ? k.logit(head.dtype, x + label * head.element, head.scaling) : NAN;
     }
   });
 }
@@ -93,26 +97,46 @@ Head::Head(const Tensor& h, const Tensor& w, const OptTensor& b, const Scaling<d
 void head_stats(const Head& head, const Labels& labels, const std::vector<int64_t>& rows, const OnStats& on_stats) {
   const int64_t total = static_cast<int64_t>(rows.size());
   if (total == 0) return;
-  const int64_t chunk = even_chunk(total, kTileRows);
-  const int64_t width = std::min(head.vocabulary, std::max<int64_t>(1024, kTileElements / chunk));
-  Workspace workspace(padded(chunk * width * head.element) + padded(chunk * head.size * head.element) +
-                      padded(chunk * sizeof(OnlineStats<double>)) + padded(chunk * sizeof(double)));
-  void* tile = workspace.take_bytes(chunk * width * head.element);
-  void* gathered = workspace.take_bytes(chunk * head.size * head.element);
-  auto* stats = workspace.take<OnlineStats<double>>(chunk);
-  auto* label_logits = workspace.take<double>(chunk);
-  for (int64_t first = 0; first < total; first += chunk) {
-    const int64_t count = std::min(chunk, total - first);
+  const int64_t group = even_chunk(total, kGroupRows);
+  const int64_t threads = at::get_num_threads();
+  const int64_t height = even_chunk(group, std::max<int64_t>(64, kTileRows * 16 / std::max<int64_t>(16, threads)));
+  const int64_t width = std::min(head.vocabulary, kTileColumns);
+  const int64_t bands = (group + height - 1) / height, columns = (head.vocabulary + width - 1) / width;
+  const int64_t tile_bytes = padded(height * width * head.element);
+  Workspace workspace(threads * tile_bytes + padded(group * head.size * head.element) +
+                      padded(group * columns * sizeof(OnlineStats<double>)) + padded(group * sizeof(double)));
+  char* tiles = static_cast<char*>(workspace.take_bytes(threads * tile_bytes));
+  void* gathered = workspace.take_bytes(group * head.size * head.element);
+  auto* parts = workspace.take<OnlineStats<double>>(group * columns);
+  auto* label_logits = workspace.take<double>(group);
+  const Kernels& k = kernels();
+  for (int64_t first = 0; first < total; first += group) {
+    const int64_t count = std::min(group, total - first);
     const Tensor hidden = gather(head, rows, first, count, gathered);
-    std::fill_n(stats, count, empty_stats<double>());
     std::fill_n(label_logits, count, NAN);
-    for (int64_t start = 0; start < head.vocabulary; start += width) {
-      const int64_t n = std::min(width, head.vocabulary - start);
-      Tensor logits = wrap(tile, count, n, head.hidden);
-      project(head, logits, hidden, start, n);
-      fold_columns(head, labels, rows.data() + first, count, tile, n, start, n, stats, label_logits);
+    at::parallel_for(0, columns * bands, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so each thread needs its own
+      char* tile = tiles + at::get_thread_num() * tile_bytes;
+      for (int64_t unit = begin; unit < end; ++unit) {  // neighbouring units share their part of the weight
+        const int64_t column = unit / bands, start = column * width, top = unit % bands * height;
+        const int64_t n = std::min(width, head.vocabulary - start), m = std::min(height, count - top);
+        if (m <= 0) continue;
+        Tensor logits = wrap(tile, m, n, head.hidden);
+        project(head, logits, hidden.narrow(0, top, m), start, n);
+        for (int64_t i = 0; i < m; ++i) {
+          const char* x = tile + i * n * head.element;
+          parts[(top + i) * columns + column] = k.fold(head.dtype, x, n, head.scaling);
+          const int64_t label = labels[rows[first + top + i]];
+          if (label >= start && label < start + n)
+            label_logits[top + i] = k.logit(head.dtype, x + (label - start) * head.element, head.scaling);
+        }
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      OnlineStats<double> stats = parts[i * columns];
+      for (int64_t column = 1; column < columns; ++column) stats = merge(stats, parts[i * columns + column]);
+      on_stats(first + i, stats, label_logits[i]);
     }
-    for (int64_t i = 0; i < count; ++i) on_stats(first + i, stats[i], label_logits[i]);
   }
 }
 
@@ -138,18 +162,20 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
   Tensor weight_sum = separate_sum ? at::zeros(head.weight.sizes(), real) : grad_weight;
   Tensor bias_sum = needs[2] ? at::zeros({head.vocabulary}, real) : none();
 
-  const int64_t part_rows = std::min(head.vocabulary, std::max<int64_t>(1, kTileElements / head.size));
+  const int64_t part_rows = std::min(head.vocabulary, kTileColumns);
+  const int64_t part_bytes = padded(part_rows * head.size * head.element);
   Workspace workspace(padded(chunk * head.vocabulary * head.element) +
                       2 * padded(chunk * head.size * head.element) + padded(chunk * sizeof(OnlineStats<double>)) +
                       padded(chunk * sizeof(double)) + padded(chunk * sizeof(RowGradient<double>)) +
-                      padded(separate_sum ? part_rows * head.size * head.element : 0));
+                      (separate_sum ? at::get_num_threads() * part_bytes : 0));
   char* logits_data = static_cast<char*>(workspace.take_bytes(chunk * head.vocabulary * head.element));
   void* gathered = workspace.take_bytes(chunk * head.size * head.element);
   void* grad_gathered = workspace.take_bytes(chunk * head.size * head.element);
   auto* stats = workspace.take<OnlineStats<double>>(chunk);
   auto* label_logits = workspace.take<double>(chunk);
   auto* gradients = workspace.take<RowGradient<double>>(chunk);
-  void* part = separate_sum ? workspace.take_bytes(part_rows * head.size * head.element) : nullptr;
+  char* part_data =
+      separate_sum ? static_cast<char*>(workspace.take_bytes(at::get_num_threads() * part_bytes)) : nullptr;
 
   const Kernels& k = kernels();
   const int64_t pieces = pieces_of(head.vocabulary);
@@ -158,11 +184,7 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
     const Tensor hidden = gather(head, rows, first, count, gathered);
     Tensor logits = wrap(logits_data, count, head.vocabulary, head.hidden);
     project(head, logits, hidden, 0, head.vocabulary);
-    std::fill_n(stats, count, empty_stats<double>());
-    std::fill_n(label_logits, count, NAN);
-    if (fold)
-      fold_columns(head, labels, rows.data() + first, count, logits_data, head.vocabulary, 0, head.vocabulary, stats,
-                   label_logits);
+    if (fold) fold_rows(head, labels, rows.data() + first, count, logits_data, stats, label_logits);
     for (int64_t i = 0; i < count; ++i) gradients[i] = upstream(first + i, stats[i], label_logits[i]);
 
     parallel_units(count * pieces, std::min(kSegment, head.vocabulary), [&](int64_t begin, int64_t end) {
@@ -190,16 +212,18 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
       else
         at::cpu::addmm_out(weight_sum, weight_sum, logits.t(), hidden);
     }
-    for (int64_t start = 0; separate_sum && start < head.vocabulary; start += part_rows) {
-      const int64_t n = std::min(part_rows, head.vocabulary - start);
-      Tensor product = wrap(part, n, head.size, head.hidden);
-      at::cpu::mm_out(product, logits.narrow(1, start, n).t(), hidden);
-      float* sum = weight_sum.mutable_data_ptr<float>() + start * head.size;
-      parallel_units(n, head.size, [&](int64_t begin, int64_t end) {
-        k.accumulate(head.dtype, static_cast<char*>(part) + begin * head.size * head.element,
-                     sum + begin * head.size, (end - begin) * head.size);
-      });
-    }
+    const int64_t parts = separate_sum ? (head.vocabulary + part_rows - 1) / part_rows : 0;
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      char* product_data = part_data + at::get_thread_num() * part_bytes;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t start = p * part_rows, n = std::min(part_rows, head.vocabulary - start);
+        Tensor product = wrap(product_data, n, head.size, head.hidden);
+        at::cpu::mm_out(product, logits.narrow(1, start, n).t(), hidden);
+        k.accumulate(head.dtype, product_data, weight_sum.mutable_data_ptr<float>() + start * head.size,
+                     n * head.size);
+      }
+    });
     if (needs[2]) {
       char* sum = static_cast<char*>(bias_sum.mutable_data_ptr());
       const int64_t real_size = bias_sum.element_size();

@@ -1,4 +1,4 @@
-"""The output folder of a run: refused if in use, or resumed; its final model is written whole or not at all."""
+"""The output folder of a run: refused if in use, or resumed; the final model is there whole or not at all."""
 
 import shutil
 from pathlib import Path

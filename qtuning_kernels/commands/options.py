@@ -1,6 +1,7 @@
 """Options that several commands share, and what they stand for: a tokenizer, a model, records."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,29 @@ def add_sample_ratio(group: Any) -> None:
         default=0.125,
         metavar="R",
         help="share of the samples of a pool that is kept, in (0, 1] (default: 0.125)",
+    )
+
+
+def add_token_pruning(group: Any) -> None:
+    group.add_argument(
+        "--token-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="share of the answer tokens that is kept in samples of quadrant 2, in (0, 1] (default: 0.5)",
+    )
+    group.add_argument(
+        "--neighbor-weight",
+        type=float,
+        default=0.5,
+        metavar="W",
+        help="how much a token's neighbours count in its score, in [0, 1] (default: 0.5)",
+    )
+    group.add_argument(
+        "--token-mode",
+        choices=("mask", "drop"),
+        default="mask",
+        help="take pruned tokens out of the loss (mask), or out of the sequence too (drop); default: mask",
     )
 
 
@@ -195,6 +219,33 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
         skip_without_answer=arguments.skip_without_answer,
     )
     return records, samples, report
+
+
+def _shape(arguments: argparse.Namespace, records: Any) -> Any:
+    from qtuning_kernels.conversations import detect_shape
+
+    _, prompt_field, completion_field = data_source(arguments)
+    return detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
+
+
+def answer_column(arguments: argparse.Namespace, records: Any) -> str:
+    """The column that holds the answers."""
+    return _shape(arguments, records).columns[-1]
+
+
+def texts(arguments: argparse.Namespace, records: Any, samples: Any) -> Iterator[dict[str, Any]]:
+    """``id``, ``prompt`` and ``answer`` of each sample, for people to read."""
+    to_messages = _shape(arguments, records).to_messages
+    for sample_id in samples["sample_id"][:]:
+        contents = [message.get("content") or "" for message in to_messages(records.rows[sample_id])]
+        yield {"id": sample_id, "prompt": "\n".join(contents[:-1]), "answer": contents[-1]}
+
+
+def text_limit(samples: Any) -> int:
+    """Characters of a text that a record keeps, so that those of all samples stay within 200 MB."""
+    from qtuning_kernels.record import TEXT_LIMIT
+
+    return max(100, min(TEXT_LIMIT, 200_000_000 // (2 * len(samples))))
 
 
 def tags(arguments: argparse.Namespace, records: Any) -> list[str] | None:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import options
+from qtuning_kernels.commands.scored import score_data_set
 from qtuning_kernels.commands.tables import quadrant_table
-
-_CHUNK = 64  # samples between two updates of the progress bar
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -16,8 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="write the Error-Uncertainty plane of a data set",
         description="Score a data set with a model, without training, and write one row per sample as "
         "Parquet: sample_id (the record's number, from 0), ppl, entropy (nats), num_tokens, quadrant (1 to "
-        "4, 0 in the middle), role (2: kept, tokens to be pruned; 4: kept whole; 0: not kept), and the tag "
-        "column. The whole data set is one selection pool.",
+        "4, 0 in the middle), role (2: kept, tokens to be pruned; 4: kept whole; 0: not kept), the tag "
+        "column, and the beginnings of prompt and answer. The whole data set is one selection pool.",
         epilog="example: qtuning score --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
         "--output plane.parquet",
     )
@@ -40,52 +39,37 @@ def run(arguments: argparse.Namespace) -> None:
     source = options.model_source(arguments)
     records, samples, report = options.load_data(arguments, options.load_tokenizer(source))
     tags = options.tags(arguments, records)
-    console.print(str(report), highlight=False, markup=False)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     model = options.load_model(source)
     options.check_vocabulary(samples, model)
     table = score_table(model, samples, arguments, console)
     if tags is not None:
         name = arguments.tag_field or "planted"
         table = table.append_column(name, [[tags[i] for i in table["sample_id"].to_pylist()]])
+    limit = options.text_limit(samples)
+    texts = list(options.texts(arguments, records, samples))
+    for name in ("prompt", "answer"):
+        table = table.append_column(name, [[text[name][:limit] for text in texts]])
     _write(table, arguments.output)
-    rows = table.to_pylist()
+    rows = table.drop_columns(["prompt", "answer"]).to_pylist()
     groups = None if tags is None else [tags[row["sample_id"]] for row in rows]
     console.print(
         quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups)
     )
-    console.print(f"{len(rows)} samples in {arguments.output}", highlight=False)
+    console.print(f"{len(rows)} samples in {arguments.output}", highlight=False, soft_wrap=True)
 
 
 def score_table(model: Any, samples: Any, arguments: argparse.Namespace, console: Any) -> Any:
     """The plane as a `pyarrow.Table`, in the order of `samples`."""
     import pyarrow as pa
-    import torch
-    from rich.progress import track
 
     from qtuning_kernels import eu_plane, triage_samples
-    from qtuning_kernels.scoring import score_samples
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    ids = samples["sample_id"][:]
-    planes = []
-    # samples of about one length together, so that little of a batch is padding
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
-    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
-    for chunk in track(chunks, description="scoring", console=console):
-        nll, entropy, cu_seqlens = score_samples(
-            model,
-            [samples[i] for i in chunk],
-            score_batch_tokens=arguments.score_batch_tokens,
-            score_dtype=arguments.score_dtype,
-        )
-        planes.append(eu_plane(nll, entropy, cu_seqlens))
-    position = torch.empty(len(order), dtype=torch.int64)
-    position[torch.tensor(order)] = torch.arange(len(order))
-    ppl, entropy, num_tokens = (torch.cat(column).cpu()[position] for column in zip(*planes, strict=True))
+    ppl, entropy, num_tokens = eu_plane(*score_data_set(model, samples, arguments, console))
     triage = triage_samples(ppl, entropy, arguments.sample_ratio)
     return pa.table(
         {
-            "sample_id": pa.array(ids, pa.int64()),
+            "sample_id": pa.array(samples["sample_id"][:], pa.int64()),
             "ppl": ppl.numpy(),
             "entropy": entropy.numpy(),
             "num_tokens": num_tokens.numpy(),

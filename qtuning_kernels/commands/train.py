@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
-from qtuning_kernels.commands.tables import quadrant_table
+from qtuning_kernels.commands.tables import QUADRANTS, quadrant_table
 
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
+_LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -27,26 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
     group = parser.add_argument_group("pruning")
     options.add_sample_ratio(group)
-    group.add_argument(
-        "--token-ratio",
-        type=float,
-        default=0.5,
-        metavar="R",
-        help="share of the answer tokens that is kept in samples of quadrant 2, in (0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--neighbor-weight",
-        type=float,
-        default=0.5,
-        metavar="W",
-        help="how much a token's neighbours count in its score, in [0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--token-mode",
-        choices=("mask", "drop"),
-        default="mask",
-        help="take pruned tokens out of the loss (mask), or out of the sequence too (drop); default: mask",
-    )
+    options.add_token_pruning(group)
 
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -117,6 +99,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         action="store_true",
         help="go on from the newest checkpoint in --output, to the same result",
     )
+    group.add_argument(
+        "--report-to",
+        default="none",
+        metavar="NAME",
+        help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
+    )
+    group.add_argument(
+        "--report", action="store_true", help="end with qtuning report, which draws the finished run"
+    )
     return parser
 
 
@@ -124,6 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
+    from qtuning_kernels.record import write_texts
 
     options.quiet_libraries()
     console = Console()
@@ -142,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = options.load_tokenizer(source)
     records, samples, report = options.load_data(arguments, tokenizer)
     tags = options.tags(arguments, records)
-    console.print(str(report), highlight=False, markup=False)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     model = options.load_model(source)
     options.check_vocabulary(samples, model)
     if arguments.lora_rank:
@@ -152,14 +144,28 @@ def run(arguments: argparse.Namespace) -> None:
             f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
         )
 
+    texts = options.texts(arguments, records, samples)
+    write_texts(output / "record", texts, limit=options.text_limit(samples))
     trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     final = checkpoints.save_final(trainer, tokenizer, output)
-    summary = trainer.qtuning_summary() | {"wall_seconds": seconds, "checkpoint": str(final)}
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    summary = trainer.qtuning_summary() | {
+        "loss_first_steps": _mean(losses[:_LOSS_STEPS]),
+        "loss_last_steps": _mean(losses[-_LOSS_STEPS:]),
+        "wall_seconds": seconds,
+        "checkpoint": str(final),
+    }
     checkpoints.write_atomic(output / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
     _print_summary(console, summary, output, tags)
+    if arguments.report:
+        from qtuning_kernels.report import build_report
+
+        console.print(f"report in {build_report(output)}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"draw the run with: qtuning report {output}", highlight=False, soft_wrap=True)
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:
@@ -183,10 +189,11 @@ def _trainer(
     qtuning: Any,
     console: Any,
 ) -> Any:
+    import torch
     from transformers import PrinterCallback, TrainingArguments
 
     from qtuning_kernels import QTuningTrainer
-    from qtuning_kernels.commands.progress import RichProgress
+    from qtuning_kernels.panel import RunPanel
 
     default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
     training = TrainingArguments(
@@ -204,16 +211,21 @@ def _trainer(
         save_steps=arguments.save_steps,
         save_total_limit=2,
         logging_steps=1,
-        report_to="none",
+        report_to=arguments.report_to,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # sample_id is no argument of the model
     )
     trainer = QTuningTrainer(
         model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RichProgress(console))
+    trainer.add_callback(RunPanel(console))
     return trainer
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: list[str] | None) -> None:
@@ -222,14 +234,20 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
     def share(kept: int, seen: int) -> str:
         return f"{kept} of {seen} ({kept / seen:.1%})" if seen else "0"
 
+    def number(value: float | None) -> str:
+        return "none" if value is None else f"{value:.4f}"
+
+    kept = {QUADRANTS[int(quadrant)]: n for quadrant, n in summary["kept_by_quadrant"].items() if n}
+    by_quadrant = ", ".join(f"{name} {n}" for name, n in kept.items()) or "none"
     table = Table(show_header=False, box=None)
-    kept_by_quadrant = ", ".join(f"Q{q}: {n}" for q, n in sorted(summary["kept_by_quadrant"].items()))
     rows = {
         "samples kept": share(summary["samples_kept"], summary["samples_seen"]),
         "tokens kept": share(summary["tokens_kept"], summary["tokens_seen"]),
-        "kept by quadrant": f"{kept_by_quadrant}; {summary['supplemented']} of them supplemented",
+        "kept by quadrant": f"{by_quadrant}; {summary['supplemented']} of them supplemented",
         "ineligible": str(summary["ineligible"]),
-        "loss first, last": f"{summary['loss_first']:.4f}, {summary['loss_last']:.4f}",
+        "loss first, last": f"{number(summary['loss_first'])}, {number(summary['loss_last'])}; mean of the "
+        f"first and last {_LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "
+        f"{number(summary['loss_last_steps'])}",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()),
         "wall time": f"{summary['wall_seconds']:.1f} s",
     }
@@ -239,7 +257,8 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
     record = output / "record" / "samples.jsonl"
     if tags is not None and record.exists():
         with record.open(encoding="utf-8") as lines:
-            seen = [json.loads(line) for line in lines]
+            # a run that keeps everything scores nothing, and its samples stand in no quadrant
+            seen = [row for row in map(json.loads, lines) if row.get("quadrant") is not None]
         console.print(
             quadrant_table(
                 [row["quadrant"] for row in seen],

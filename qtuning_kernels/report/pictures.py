@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from qtuning_kernels.report.figures import COLOURS, PHASE_COLOURS
 from qtuning_kernels.report.plane import Frame
@@ -31,6 +33,12 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _plain_labels(axis: Axis) -> None:
+    """2 and 30 on a logarithmic axis, where the default is 2 × 10⁰."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+
+
 def plane_picture(frame: Frame, folder: Path) -> list[Path]:
     """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
     figure, axes = _axes("perplexity", "mean entropy (nats)")
@@ -54,6 +62,7 @@ def plane_picture(frame: Frame, folder: Path) -> list[Path]:
         line = axes.axvline if name.startswith("ppl") else axes.axhline
         line(value, color="#7F7F7F", linewidth=1, linestyle="--" if name.endswith("high") else ":")
     axes.set_xscale("log")
+    _plain_labels(axes.xaxis)
     if len(frame.points):
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return _save(figure, folder, "plane")
@@ -81,6 +90,7 @@ def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
     _stack(axes, curves, {f"q{q}": (name, COLOURS[q]) for q, name in QUADRANTS.items()})
     axes.plot(curves.step, curves.supplemented, "k:", label="supplemented, of the kept", **style)
     axes.set_ylim(0, 1)
+    axes.margins(x=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     paths += _save(figure, folder, "shares")
 
@@ -93,6 +103,7 @@ def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_yscale("log")
+    _plain_labels(figure.axes[0].yaxis)
     figure.axes[0].legend(frameon=False)
     figure.axes[1].set_xlabel("optimiser step")
     paths += _save(figure, folder, "ppl_entropy")

@@ -135,7 +135,7 @@ def cost_numbers(steps: pd.DataFrame, tokens_seen: float | None) -> list[Number]
         Number("seconds_total", "time in the steps", total, "seconds"),
         Number("seconds_per_step", "per step", _ratio(total, len(steps)), "seconds"),
         Number("tokens_per_second", "answer tokens seen per second", _ratio(tokens_seen, total)),
-        Number("tokens_scored", "positions read by the scoring forward", _total(steps.tokens_scored)),
+        Number("tokens_scored", "positions scored, padding included", _total(steps.tokens_scored)),
         Number("flops_spent", "FLOPs spent", spent, "flops"),
         Number("flops_full", "FLOPs on full data", full, "flops"),
         Number(

@@ -1,0 +1,50 @@
+# Two commands set everything up: `make train` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: train test test-slow bench lint format sanitize clean
+
+train: $(VENV)/installed $(VENV)/fetched
+	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed $(VENV)/fetched
+	$(BIN)/python -m pytest --slow $(ARGS)
+
+bench: $(VENV)/installed $(VENV)/fetched
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/gpu_static.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The build's own packages come first, so that the package is built against the torch that it will run with.
+# Triton serves the tests of the GPU kernels; a CUDA build of torch brings its own.
+$(VENV)/installed: pyproject.toml setup.py Makefile $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[lora,demo,report,test]' '$(TORCH)'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON)'
+	touch $@
+
+$(VENV)/fetched: $(VENV)/installed
+	$(BIN)/qtuning fetch
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info qtuning_kernels/_C*.so

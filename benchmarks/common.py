@@ -1,0 +1,109 @@
+"""What the benchmarks share: interleaved timing, peak memory, and CSV rows that say where they come from."""
+
+import csv
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+
+def interleave(
+    cases: dict[str, Callable[[], object]], repeats: int = 9, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds per call of each case, called in turn (A B A B …) so that all meet the same noise.
+
+    The first round warms up and is not returned. With one thread, ``clock=time.process_time`` leaves out the
+    time that other processes took.
+    """
+    seconds = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, call in cases.items():
+            start = clock()
+            call()
+            if round_:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, object]:
+    """Median and quartiles in milliseconds, as CSV fields."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    fields = {"median_ms": median, "q1_ms": low, "q3_ms": high, "min_ms": min(seconds)}
+    return {**{name: f"{1e3 * value:.3f}" for name, value in fields.items()}, "repeats": len(seconds)}
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, object]:
+    """Machine, versions and commit, as CSV fields."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: others may have been at work
+        "threads": torch.get_num_threads(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes the rows as one CSV, under a temporary name first."""
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_above(call: Callable[[], object]) -> float:
+    """MiB by which the resident peak during `call` exceeds what was resident before it (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_kib("VmRSS")
+    result = call()
+    peak = _status_kib("VmHWM")
+    del result
+    return (peak - before) / 1024
+
+
+def in_child(module: str, arguments: Iterable[str]) -> str:
+    """The last line that ``python -m module arguments`` prints."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]

@@ -1,0 +1,34 @@
+"""The scoring pass over a whole data set, with a progress bar; `score` and `select` start from it."""
+
+import argparse
+from typing import Any
+
+_CHUNK = 64  # samples between two updates of the progress bar
+
+
+def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, console: Any) -> Any:
+    """`scoring.Scores` of all samples, in their order, on the CPU."""
+    import torch
+    from rich.progress import track
+
+    from qtuning_kernels.scoring import Scores, score_samples
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # samples of about one length together, so that little of a batch is padding
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
+    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
+    nll: list[Any] = [None] * len(order)
+    entropy: list[Any] = [None] * len(order)
+    for chunk in track(chunks, description="scoring", console=console):
+        scores = score_samples(
+            model,
+            [samples[i] for i in chunk],
+            score_batch_tokens=arguments.score_batch_tokens,
+            score_dtype=arguments.score_dtype,
+        )
+        lengths = scores.cu_seqlens.diff().tolist()
+        parts = zip(scores.nll.cpu().split(lengths), scores.entropy.cpu().split(lengths), strict=True)
+        for i, (nll_part, entropy_part) in zip(chunk, parts, strict=True):
+            nll[i], entropy[i] = nll_part, entropy_part
+    ends = torch.tensor([0, *map(len, nll)]).cumsum(0)
+    return Scores(torch.cat(nll), torch.cat(entropy), ends.to(torch.int32))

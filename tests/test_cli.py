@@ -1,0 +1,410 @@
+"""The command line: what each command leaves behind, and how each failure ends."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qtuning_kernels import cli, triage_samples
+from qtuning_kernels import fetch as fetch_module
+from qtuning_kernels.commands import checkpoints
+from tests.tiny_tokenizer import byte_tokenizer
+
+KINDS = ("clean", "wrong", "trivial")
+ROWS = [
+    {"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}." * (1 + i % 3), "planted": KINDS[i % 3]}
+    for i in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny random model and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer(None)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+@pytest.fixture
+def options(model, data):
+    """Options of a run of seconds."""
+    fields = ["--prompt-field", "question", "--completion-field", "answer"]
+    return ["--model", str(model), "--data", str(data), *fields, "--sample-ratio", "0.25"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Nothing is fetched, and whatever a command writes by default lands in the test's folder."""
+    monkeypatch.setenv("QTUNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def record(output):
+    return [json.loads(line) for line in (output / "record" / "samples.jsonl").open()]
+
+
+def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--batch-size", "8", "--learning-rate", "0.01"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "named columns (question, answer); not used: planted" in shown
+    assert "24 records read, 0 skipped, 0 truncated" in shown
+    assert "samples kept" in shown
+    assert "6 of 24 (25.0%)" in shown
+    assert f"from_pretrained('{output}/final')" in shown
+
+    trained = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert AutoTokenizer.from_pretrained(output / "final").eos_token == "<|im_end|>"
+    assert trained.dtype == torch.float32
+    before = AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.equal(trained.model.norm.weight, before.model.norm.weight)
+
+    rows = record(output)
+    assert len(rows) == 24
+    assert {row["id"] for row in rows} == set(range(24))
+    for step in (1, 2, 3):
+        assert sum(row["keep"] for row in rows if row["step"] == step) == 2
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["samples_seen"], summary["samples_kept"]) == (24, 6)
+    assert math.isfinite(summary["loss_first"])
+    # the table of planted items counts every row once
+    table = {kind: line for kind in KINDS for line in shown.splitlines() if f" {kind} " in line}
+    for kind in KINDS:
+        kept = sum(row["keep"] for row in rows if ROWS[row["id"]]["planted"] == kind)
+        assert f"8 / {kept}" in table[kind]
+
+
+def test_train_with_everything_kept(options, tmp_path):
+    everything = ["--sample-ratio", "1", "--token-ratio", "1", "--max-steps", "1"]
+    assert cli.main(["train", *options, "--output", str(tmp_path / "run"), *everything]) == 0
+
+
+def test_train_with_lora(options, model, tmp_path):
+    pytest.importorskip("peft")
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--max-steps", "2", "--lora-rank", "2"]
+    assert cli.main(arguments) == 0
+    assert (output / "final" / "adapter_model.safetensors").exists()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        tuned = AutoModelForCausalLM.from_pretrained(output / "final")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+    assert not torch.equal(tuned, plain)
+
+
+def test_lora_without_peft(options, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["train", *options, "--lora-rank", "2"]) == 1
+    assert "pip install 'qtuning-kernels[lora]'" in capsys.readouterr().err
+
+
+def run_in_process(arguments, **environment):
+    command = [sys.executable, "-m", "qtuning_kernels.cli", *arguments]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("killed_after", [1, 5])
+def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_after):
+    """Before the first checkpoint, and behind one. The run has 12 steps."""
+    arguments = [
+        *options,
+        "--batch-size",
+        "8",
+        "--epochs",
+        "4",
+        "--save-steps",
+        "3",
+        "--learning-rate",
+        "0.01",
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = run_in_process(["train", *arguments, "--output", str(broken)])
+    steps = broken / "record" / "steps.jsonl"
+    while process.poll() is None:
+        if steps.exists() and steps.read_bytes().count(b"\n") >= killed_after:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL, process.stdout.read()
+    assert not (broken / "final").exists()
+
+    assert cli.main(["train", *arguments, "--output", str(broken), "--resume"]) == 0
+    assert cli.main(["train", *arguments, "--output", str(whole)]) == 0
+    resumed, uninterrupted = weights(broken / "final"), weights(whole / "final")
+    assert resumed.keys() == uninterrupted.keys()
+    for name, tensor in uninterrupted.items():
+        assert torch.equal(resumed[name], tensor), name
+    assert [(row["step"], row["id"], row["keep"]) for row in record(broken)] == [
+        (row["step"], row["id"], row["keep"]) for row in record(whole)
+    ]
+
+
+def test_score_writes_the_plane(options, data, tmp_path, capsys):
+    output = tmp_path / "planes" / "plane.parquet"
+    assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0
+    table = pq.read_table(output)
+    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted", "prompt", "answer"]
+    assert table.column_names == names
+    columns = table.to_pydict()
+    assert columns["sample_id"] == list(range(24))
+    assert columns["planted"] == [row["planted"] for row in ROWS]
+    assert columns["num_tokens"] == [len(row["answer"]) + 1 for row in ROWS]  # bytes, and the end
+    triage = triage_samples(torch.tensor(columns["ppl"]), torch.tensor(columns["entropy"]), 0.25)
+    assert columns["quadrant"] == triage.quadrant.tolist()
+    assert columns["role"] == triage.role.tolist()
+    assert "24 samples in" in capsys.readouterr().out
+    assert [p.name for p in output.parent.iterdir()] == ["plane.parquet"]
+
+
+def test_score_is_the_models_own_loss(options, model, tmp_path):
+    """One sample's perplexity against `transformers`' loss of the same text."""
+    assert cli.main(["score", *options, "--score-dtype", "float32"]) == 0
+    row = pq.read_table("plane.parquet").to_pylist()[5]
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    prompt = tokenizer(ROWS[5]["question"]).input_ids
+    answer = tokenizer(ROWS[5]["answer"]).input_ids + [tokenizer.eos_token_id]
+    with torch.no_grad():
+        loss = plain(
+            torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
+        ).loss
+    assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("torch", "cpu tensors", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
+        assert word in shown
+
+
+def test_fetch(monkeypatch, tmp_path):
+    fetched = []
+    monkeypatch.setattr(fetch_module, "fetch", lambda asset, cache: fetched.append((asset.name, cache)))
+    assert cli.main(["fetch", "--cache", str(tmp_path)]) == 0
+    assert fetched == [("SmolLM2-135M-Instruct", tmp_path), ("word-problems", tmp_path)]
+
+
+def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    shutil.copytree(model, cache / fetch_module.MODEL.name)
+    (cache / fetch_module.DATA.name).mkdir()
+    shutil.copy(data, cache / fetch_module.DATA.name / "train.jsonl")
+    monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
+    assert cli.main(["train", "--max-steps", "1"]) == 0
+    assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace(
+        "\n", ""
+    )
+
+
+def test_config_file(options, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("max-steps: 2\nlearning_rate: 1e-3\nbf16: true\noutput: from-file\nseed:\n")
+    arguments = cli.parse(["train", *options, "--config", str(config), "--max-steps", "3"])
+    assert arguments.max_steps == 3  # the command line wins
+    assert arguments.learning_rate == 1e-3  # which YAML reads as text
+    assert arguments.bf16 is True
+    assert arguments.output == Path("from-file")
+    assert arguments.seed == 42  # nothing said: the default
+    config = tmp_path / "run.json"
+    config.write_text('{"token-mode": "drop", "lora_rank": 4}')
+    arguments = cli.parse(["train", "--config", str(config)])
+    assert (arguments.token_mode, arguments.lora_rank) == ("drop", 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning-rat: 1", "unknown key 'learning-rat'; accepted: batch-size, bf16, "),
+        ("command: score", "unknown key 'command'"),
+        ("token-mode: keep", "token-mode is 'keep'; accepted: mask, drop"),
+        ("batch-size: 0", "batch-size is 0: 0 is not above 0"),
+        ("batch-size: [8]", "batch-size is [8]; accepted: one text or number"),
+        ("bf16: 1", "bf16 is 1; accepted: true, false"),
+        ("- a\n- b", "must hold names and values, not list"),
+        ("a: [", "expected the node content"),
+        (None, "no such file"),
+    ],
+)
+def test_config_files_that_cannot_be_used(content, message, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    if content is not None:
+        config.write_text(content)
+    assert cli.main(["train", "--config", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(config) in error
+
+
+def without_tokenizer(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "bare")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    return folder
+
+
+def with_nan(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "nan")
+    tensors = weights(folder)
+    tensors["model.norm.weight"][3] = torch.nan
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_large_tokens(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "large")
+    byte_tokenizer(None, merges=("Wh", "at")).save_pretrained(folder)
+    return folder
+
+
+def bad(content):
+    """A data file of this content."""
+
+    def make(_model, tmp_path):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        return tmp_path / "bad.jsonl"
+
+    return make
+
+
+def value(text):
+    return lambda _model, _tmp_path: text
+
+
+# option, its value made from the model's and the test's folder, what the error says
+BAD_INPUT = {
+    "missing data": ("--data", value("no.jsonl"), "data 'no.jsonl': no such file or folder"),
+    "missing model": ("--model", value("./nowhere"), "model './nowhere': no such folder"),
+    "broken JSON": ("--data", bad(b'{"question": "a"}\n{"quest'), "bad.jsonl:2: broken JSON"),
+    "unknown column": ("--completion-field", value("reply"), "columns found: question, answer, planted"),
+    "empty file": ("--data", bad(b""), "bad.jsonl: the file is empty"),
+    "no answer": ("--data", bad(b'{"question": "a", "answer": ""}\n'), "bad.jsonl:1: no answer"),
+    "non-UTF-8": ("--data", bad(b'{"question": "\xff"}\n'), "bad.jsonl:1: not UTF-8"),
+    "no tokenizer": ("--model", without_tokenizer, "holds no tokenizer"),
+    "other tokenizer": ("--model", with_large_tokens, "they do not belong together"),
+    "sample ratio": ("--sample-ratio", value("0"), "sample_ratio is 0.0; accepted: a number in (0, 1]"),
+    "token ratio": ("--token-ratio", value("1.5"), "token_ratio is 1.5; accepted: a number in (0, 1]"),
+    "pool of one": ("--batch-size", value("1"), "of a pool of one nothing can be pruned"),
+    "cutoff": ("--cutoff", value("1"), "cutoff=1 must be at least 2"),
+    "tag": ("--tag-field", value("flaw"), "'flaw' is not a column; columns found: question, answer"),
+    "NaN weights": ("--model", with_nan, "sample"),
+}
+
+
+@pytest.mark.parametrize(("option", "make", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_ends_in_one_line(option, make, message, options, model, tmp_path, capsys):
+    arguments = ["train", *options, "--max-steps", "1", option, str(make(model, tmp_path))]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("qtuning: error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*/final"))
+
+
+def test_unknown_shape_names_the_columns(model, data, capsys):
+    assert cli.main(["train", "--model", str(model), "--data", str(data)]) == 1
+    error = capsys.readouterr().err
+    assert "unknown shape: columns found: question, answer, planted" in error
+    assert "--prompt-field" in error
+
+
+def test_debug_shows_the_traceback(options, capsys):
+    assert cli.main(["train", *options, "--sample-ratio", "0", "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("qtuning: error: sample_ratio")
+
+
+def test_nothing_fetched(options, capsys):
+    for arguments in (["train"], ["score"], ["train", "--data", options[3]]):
+        assert cli.main(arguments) == 1
+        assert "run: qtuning fetch" in capsys.readouterr().err
+
+
+def test_output_in_use_and_nothing_to_resume(options, tmp_path, capsys):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").touch()
+    assert cli.main(["train", *options, "--output", str(used)]) == 1
+    assert f"output '{used}' is not empty; give another --output, or --resume" in capsys.readouterr().err
+    assert cli.main(["train", *options, "--output", str(tmp_path / "none"), "--resume"]) == 1
+    assert f"nothing to resume: {tmp_path}/none is no folder" in capsys.readouterr().err
+    assert cli.main(["train", *options, "--resume"]) == 1
+    assert "nothing to resume: --output must name" in capsys.readouterr().err
+
+
+def test_wrong_usage_ends_with_2():
+    for arguments in ([], ["tarin"], ["train", "--batch-size", "none"], ["train", "--token-mode", "keep"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+
+
+def test_interrupt_ends_with_130(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupt)
+    assert cli.main(["info"]) == 130
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("train", "score", "fetch", "info"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
+        assert "--debug" in capsys.readouterr().out
+
+
+def test_the_final_model_is_replaced_whole(tmp_path):
+    class Trainer:
+        def save_model(self, folder):
+            Path(folder).mkdir()
+            (Path(folder) / "weights").write_text("new")
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokens").write_text("new")
+
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "stale").touch()
+    (tmp_path / ".final").mkdir()  # what a kill left behind
+    assert checkpoints.save_final(Trainer(), Tokenizer(), tmp_path) == tmp_path / "final"
+    assert sorted(p.name for p in (tmp_path / "final").iterdir()) == ["tokens", "weights"]
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]

@@ -1,0 +1,79 @@
+"""What every launcher shares: the device that a kernel runs on, and how a row of logits is addressed."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Whether a product and a sum become one rounding: the compiler's default has changed between releases, so it is
+# said at every launch.
+FUSED = {"enable_fp_fusion": True}
+UNFUSED = {"enable_fp_fusion": False}
+
+# decided, as by @triton.jit, when this module is imported
+INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in the accumulator's dtype."""
+    if _INTERPRETED:
+        # the interpreter would multiply the bit patterns of bfloat16
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device current, as Triton launches on the current one; nothing to do in the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors (compute units) of the tensor's device; an H100's number in the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+def architecture(tensor: Tensor) -> str:
+    """What configurations depend on: "sm_90", "gfx942" and the like, or "interpreter"."""
+    if not tensor.is_cuda:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def warp_size(arch: str) -> int:
+    """Lanes of a warp; a wavefront of AMD's Instinct cards has 64."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
+class Rows(NamedTuple):
+    """How a kernel finds the rows of ``logits [A, C, V]`` from an aligned address."""
+
+    base: Tensor  # starts at a multiple of 16 bytes
+    shift: int  # elements from there to the first logit
+    vector: int  # elements that 16 bytes hold; 1 if the memory begins unaligned, so that nothing can be rounded down
+
+
+def rows_of(logits: Tensor) -> Rows:
+    """An address divisible by 16 bytes at or before the first logit, whatever view `logits` is."""
+    vector = 16 // logits.element_size()
+    excess = logits.data_ptr() % 16
+    shift = excess // logits.element_size()
+    if excess % logits.element_size() or shift > logits.storage_offset():
+        return Rows(logits, 0, 1)
+    if shift == 0:
+        return Rows(logits, 0, vector)
+    base = logits.as_strided((shift + 1,), (1,), logits.storage_offset() - shift)
+    return Rows(base, shift, vector)
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How matrix products treat float32 operands: as PyTorch's own setting for them says."""
+    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"

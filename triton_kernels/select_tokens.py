@@ -1,0 +1,1 @@
+from qtuning_kernels.reference import select_tokens

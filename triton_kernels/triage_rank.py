@@ -1,0 +1,1 @@
+from qtuning_kernels.reference import triage_rank
