@@ -1,9 +1,9 @@
 """Package layout and the two extensions; everything declarative is in pyproject.toml.
 
 ``native`` is the C++ backend; ``cuda`` the CUDA C++ backend, which takes a PyTorch with CUDA, and nvcc. Each is left
-out, with the reason recorded for `qtuning info`, where it cannot be compiled. ``QTUNING_NATIVE=1`` and ``QTUNING_CUDA=1``
-make that an error instead, ``=0`` leaves the extension out on request. ``TORCH_CUDA_ARCH_LIST`` says for which GPUs
-the CUDA kernels are compiled.
+out, with the reason recorded for `qtuning info`, where it cannot be compiled. ``QTUNING_NATIVE=1`` and
+``QTUNING_CUDA=1`` make that an error instead, ``=0`` leaves the extension out on request. ``TORCH_CUDA_ARCH_LIST``
+says for which GPUs the CUDA kernels are compiled.
 """
 
 import json
