@@ -107,9 +107,7 @@ class QTuningTrainer(Trainer):
             if value:
                 raise ValueError(f"{name}={value!r} has no place in this trainer's step; {instead}")
         if self.args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate"
-            )
+            raise ValueError("nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate")
         half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if half:
             warnings.warn(
@@ -182,13 +180,9 @@ class QTuningTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         with inputs.clock.phase("train"):
-            loss = self._step.train(
-                inputs, self.accelerator.backward, lambda: self.accelerator.no_sync(model)
-            )
+            loss = self._step.train(inputs, self.accelerator.backward, lambda: self.accelerator.no_sync(model))
         if inputs.num_kept:
-            inputs.totals.loss_first = inputs.totals.loss_last = (
-                sum(gather(loss.item())) / self.args.world_size
-            )
+            inputs.totals.loss_first = inputs.totals.loss_last = sum(gather(loss.item())) / self.args.world_size
         return loss
 
     def compute_loss(
@@ -202,9 +196,7 @@ class QTuningTrainer(Trainer):
         if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
             return super().compute_loss(model, inputs, return_outputs)
-        step = self._step or QTuningStep(
-            model, self.parts, self.qtuning, self.args.device, self.accelerator.autocast
-        )
+        step = self._step or QTuningStep(model, self.parts, self.qtuning, self.args.device, self.accelerator.autocast)
         loss = step.loss(unpad(inputs))
         return (loss, {}) if return_outputs else loss
 
@@ -266,8 +258,7 @@ class QTuningTrainer(Trainer):
             step = self.state.global_step
             chosen = self._record.choose_token_samples(step, [row["keep"] for row in sample_rows(plan)])
             self._record.write_step(
-                {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()}
-                | step_row(plan),
+                {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()} | step_row(plan),
                 rows,
                 token_rows(plan, chosen, self.processing_class, self.qtuning),
             )

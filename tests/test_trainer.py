@@ -206,9 +206,7 @@ def test_training_runs_and_learns(tmp_path, lora, token_mode):
     if lora:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    run = trainer(
-        tmp_path, model, config={**PRUNING, "token_mode": token_mode}, max_steps=30, learning_rate=1e-2
-    )
+    run = trainer(tmp_path, model, config={**PRUNING, "token_mode": token_mode}, max_steps=30, learning_rate=1e-2)
     run.train()
     summary = run.qtuning_summary()
     assert summary["steps"] == 30
