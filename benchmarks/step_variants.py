@@ -110,8 +110,7 @@ class Bench:
 
         def convert(batch: list[dict]) -> list[dict]:
             return [
-                {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]}
-                for f in batch
+                {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]} for f in batch
             ]
 
         return self._trainer_step(trainer, convert)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtuning_kernels import cli, triage_samples
@@ -104,6 +104,18 @@ def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, c
     for kind in KINDS:
         kept = sum(row["keep"] for row in rows if ROWS[row["id"]]["planted"] == kind)
         assert f"8 / {kept}" in table[kind]
+
+
+def test_train_can_end_with_its_report(options, tmp_path, capsys):
+    """The report holds the texts, and the command that was run."""
+    pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--batch-size", "8", "--report"]) == 0
+    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for row in ROWS:
+        assert row["question"] in page
+    assert "recorded no texts" not in page
 
 
 def test_train_with_everything_kept(options, tmp_path):
@@ -199,9 +211,7 @@ def test_score_is_the_models_own_loss(options, model, tmp_path):
     prompt = tokenizer(ROWS[5]["question"]).input_ids
     answer = tokenizer(ROWS[5]["answer"]).input_ids + [tokenizer.eos_token_id]
     with torch.no_grad():
-        loss = plain(
-            torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
-        ).loss
+        loss = plain(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
     assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
@@ -244,10 +254,10 @@ def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_p
     shutil.copy(data, cache / fetch_module.DATA.name / "train.jsonl")
     monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
     assert cli.main(["train", "--max-steps", "1"]) == 0
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace("\n", "")
     assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
-    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace(
-        "\n", ""
-    )
+    assert cli.main(["score", "--data-split", "validation"]) == 1
+    assert "the embedded data has train, eval" in capsys.readouterr().err
 
 
 def test_config_file(options, tmp_path):
@@ -300,8 +310,14 @@ def with_nan(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "nan")
     tensors = weights(folder)
     tensors["model.norm.weight"][3] = torch.nan
-    from safetensors.torch import save_file
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
+
+def with_a_weight_missing(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "incomplete")
+    tensors = weights(folder)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -337,6 +353,8 @@ BAD_INPUT = {
     "non-UTF-8": ("--data", bad(b'{"question": "\xff"}\n'), "bad.jsonl:1: not UTF-8"),
     "no tokenizer": ("--model", without_tokenizer, "holds no tokenizer"),
     "other tokenizer": ("--model", with_large_tokens, "they do not belong together"),
+    "missing weight": ("--model", with_a_weight_missing, "first 'model.layers.1.mlp.up_proj.weight'"),
+    "split of a file": ("--data-split", value("test"), "is one file, which has no splits"),
     "sample ratio": ("--sample-ratio", value("0"), "sample_ratio is 0.0; accepted: a number in (0, 1]"),
     "token ratio": ("--token-ratio", value("1.5"), "token_ratio is 1.5; accepted: a number in (0, 1]"),
     "pool of one": ("--batch-size", value("1"), "of a pool of one nothing can be pruned"),

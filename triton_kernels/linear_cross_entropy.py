@@ -47,13 +47,16 @@ def linear_cross_entropy(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Σ token_weight·nll and its gradients. A row of weight 0 counts as absent, whatever it holds."""
-    rows, size = hidden.shape
+    rows = hidden.shape[0]
     vocabulary = weight.shape[0]
     dtype = stats_dtype(hidden.dtype)
     needs = [*needs[:2], needs[2] and bias is not None]
     weights = hidden.new_ones(rows, dtype=dtype) if token_weight is None else token_weight.to(dtype)
     if rows == 0:
-        grads = (torch.zeros_like(x) if need else hidden.new_empty(0) for x, need in zip((hidden, weight, bias), needs, strict=True))
+        grads = (
+            torch.zeros_like(x) if need else hidden.new_empty(0)
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        )
         return hidden.new_zeros((), dtype=dtype), *grads
 
     live = (labels != ignore_index) & (weights != 0)
@@ -61,15 +64,16 @@ def linear_cross_entropy(
     packed, weights = hidden[index], weights[index]
     packed_labels = labels.masked_fill(~live, ignore_index)[index]
     if not any(needs):
-        nll = linear_token_stats(
-            packed, weight, bias, packed_labels, ignore_index, logit_scale, softcap, count=count
-        )[0]
+        nll = linear_token_stats(packed, weight, bias, packed_labels, ignore_index, logit_scale, softcap, count=count)[
+            0
+        ]
         return _weighted_sum(weights, nll), *(hidden.new_empty(0) for _ in range(3))
 
     chunk = chunk_rows(rows, vocabulary, hidden.element_size(), needs[1])
     single = chunk >= rows
-    pitch = triton.cdiv(vocabulary, 64) * 64  # rows stay aligned
+    pitch = triton.cdiv(vocabulary, 128) * 128  # rows stay aligned, and tiles need no mask
     buffer = hidden.new_empty((chunk, pitch))
+    buffer[:, vocabulary:] = 0
     nll = torch.empty(rows, dtype=dtype, device=hidden.device)
     packed_grad = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
     # the sums over chunks need float32; a single chunk's sums are made in registers

@@ -6,7 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, multiprocessors, on_device, product
+from qtuning_kernels.triton_kernels.launch import (
+    FUSED,
+    architecture,
+    dot_precision,
+    multiprocessors,
+    on_device,
+    product,
+    rounded,
+)
 from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
 
 
@@ -132,7 +140,7 @@ def linear_token_stats_kernel(
             column = start + i * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)[None, :]
             if HAS_LOGITS:
                 out_ptrs = logits_ptr + row.to(tl.int64)[:, None] * stride + column
-                tl.store(out_ptrs, quarters[i].to(logits_ptr.dtype.element_ty), valid[:, None] & (column < last))
+                tl.store(out_ptrs, rounded(quarters[i], logits_ptr.dtype.element_ty), valid[:, None] & (column < last))
             x = scaled(quarters[i], INNER, HAS_SOFTCAP)
             x_label += tl.sum(tl.where(column == label[:, None], x, 0.0), 1)
             x = tl.where(column < last, x, float("-inf"))
@@ -240,6 +248,8 @@ def linear_token_stats(
     if rows == 0:
         return tuple(stats)
     config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
+    if logits is not None and config.get("maxnreg") == 128:
+        config["maxnreg"] = 168  # the stores' addresses would spill
     block_n, block_v = config["BLOCK_N"], config["BLOCK_V"]
     splits = vocabulary_splits(rows, vocabulary, block_n, block_v, multiprocessors(hidden))
     per_split = triton.cdiv(triton.cdiv(vocabulary, block_v), splits) * block_v

@@ -138,9 +138,7 @@ def token_stats(
     logits: Tensor, labels: Tensor, ignore_index: int, logit_scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, entropy, row_max, log_sum per token, in nats; 0 where the label is `ignore_index`."""
-    stats = [
-        torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4)
-    ]
+    stats = [torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4)]
     if labels.numel() == 0:
         return tuple(stats)
     vocabulary = logits.shape[-1]

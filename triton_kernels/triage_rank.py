@@ -99,9 +99,7 @@ def min_max(x, eligible, least, most):
 
 # Reads 8 bytes per pair of samples (from cache), writes 1 per sample.
 @triton.jit
-def rank_kernel(
-    keys_ptr, score_ptr, keep_ptr, last_key_ptr, k, B, BLOCK: tl.constexpr, OTHERS: tl.constexpr
-):
+def rank_kernel(keys_ptr, score_ptr, keep_ptr, last_key_ptr, k, B, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < B
     key = tl.load(keys_ptr + i, valid, 0)[:, None]
@@ -171,9 +169,7 @@ def pair_config(size: int) -> dict[str, int]:
     return {"BLOCK": 16, "OTHERS": 128, "num_warps": 4}
 
 
-def triage_rank(
-    ppl: Tensor, entropy: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def triage_rank(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Stage 1 as a ranking: quadrant, role, keep, kept_index, supplemented, alpha."""
     ppl, entropy = ppl.float().contiguous(), entropy.float().contiguous()
     size, device = ppl.shape[0], ppl.device

@@ -8,9 +8,7 @@ QUADRANTS = {1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4", 0: "middle"}
 _MEANING = "Q1 harmful noise, Q2 misconception, Q3 redundant, Q4 calibration"
 
 
-def quadrant_table(
-    quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None
-) -> Any:
+def quadrant_table(quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None) -> Any:
     """Samples by group (rows) and quadrant (columns), how many were kept behind a slash where any were.
 
     Args:

@@ -53,9 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="passes over the data (default: 1)",
     )
-    group.add_argument(
-        "--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs"
-    )
+    group.add_argument("--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs")
     group.add_argument(
         "--learning-rate",
         type=options.positive_float,
@@ -72,9 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument("--seed", type=int, default=42, metavar="N", help="of everything random (default: 42)")
 
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32"
-    )
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
     group.add_argument(
         "--micro-batch-tokens",
         type=options.positive,
@@ -106,9 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="NAME",
         help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
     )
-    group.add_argument(
-        "--report", action="store_true", help="end with qtuning report, which draws the finished run"
-    )
+    group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 
 
@@ -116,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
+    from qtuning_kernels.panel import RunPanel
     from qtuning_kernels.record import write_texts
 
     options.quiet_libraries()
@@ -141,16 +136,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lora_rank:
         model = _with_lora(model, arguments.lora_rank, arguments.seed)
     if arguments.resume:
-        console.print(
-            f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
-        )
+        console.print(f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False)
 
     checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
     texts = options.texts(arguments, records, samples)
     write_texts(output / "record", texts, limit=options.text_limit(samples))
-    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
+    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning)
+    panel = RunPanel(console)
+    trainer.add_callback(panel)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        panel.close()
     seconds = time.perf_counter() - started
     final = checkpoints.save_final(trainer, tokenizer, output)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -195,13 +193,11 @@ def _trainer(
     tokenizer: Any,
     samples: Any,
     qtuning: Any,
-    console: Any,
 ) -> Any:
     import torch
     from transformers import PrinterCallback, TrainingArguments
 
     from qtuning_kernels import QTuningTrainer
-    from qtuning_kernels.panel import RunPanel
 
     default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
     training = TrainingArguments(
@@ -228,7 +224,6 @@ def _trainer(
         model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunPanel(console))
     return trainer
 
 

@@ -15,9 +15,7 @@ from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number, truth
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness
 COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
-PHASE_COLOURS = dict(
-    zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True)
-)
+PHASE_COLOURS = dict(zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
 _DENSE = 5000  # points of a frame, above which they are smaller and more transparent
 _LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
 
@@ -72,9 +70,7 @@ def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
     return points[(points.quadrant == quadrant) & (kept if keep else ~kept)]
 
 
-def _plane_trace(
-    points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict, dense: bool
-) -> go.Scattergl:
+def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict, dense: bool) -> go.Scattergl:
     points = _of(points, quadrant, keep)
     numbers = points.id.map(sample_number).to_numpy(np.int32)
     counts = points[["step", "kept_tokens", "num_tokens", "role"]].fillna(-1).to_numpy(np.int32)
@@ -92,7 +88,7 @@ def _plane_trace(
             "opacity": (0.9 if keep else 0.7) - 0.2 * dense,
             "line": {"width": 1, "color": COLOURS[quadrant]},
         },
-        hovertemplate="perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra>%{fullData.name}</extra>",
+        hovertemplate="%{fullData.name}<br>perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra></extra>",
     )
 
 

@@ -21,9 +21,7 @@ def write_page(run: Path, output: Path | None) -> Path:
     """See `build_report`."""
     if run.is_file():
         if run.suffix not in _PLANE_SUFFIXES:
-            raise RecordError(
-                f"{run} is neither the folder of a run nor a Parquet file ({', '.join(_PLANE_SUFFIXES)})"
-            )
+            raise RecordError(f"{run} is neither the folder of a run nor a Parquet file ({', '.join(_PLANE_SUFFIXES)})")
         output = output or run.with_suffix(".html")
         context = _plane_file_context(run, _picture_folder(output))
     else:
@@ -163,9 +161,7 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
 
 def _heights(charts: dict[str, Any]) -> dict[str, int]:
     """The height in pixels of each chart that has something to draw, which the page reserves beforehand."""
-    each = {
-        name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()
-    }
+    each = {name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()}
     return {name: figure.layout.height for name, figure in each.items() if figure}
 
 
