@@ -1,7 +1,9 @@
-"""Package layout and the native extension; everything declarative is in pyproject.toml.
+"""Package layout and the two extensions; everything declarative is in pyproject.toml.
 
-The extension is left out, with the reason recorded for `qtuning info`, where it cannot be compiled.
-``QTUNING_NATIVE=1`` makes that an error instead, ``QTUNING_NATIVE=0`` leaves it out on request.
+``native`` is the C++ backend; ``cuda`` the CUDA C++ backend, which takes a PyTorch with CUDA, and nvcc. Each is left
+out, with the reason recorded for `qtuning info`, where it cannot be compiled. ``QTUNING_NATIVE=1`` and
+``QTUNING_CUDA=1`` make that an error instead, ``=0`` leaves the extension out on request. ``TORCH_CUDA_ARCH_LIST``
+says for which GPUs the CUDA kernels are compiled.
 """
 
 import json
@@ -13,88 +15,120 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-RECORD = Path("qtuning_kernels/native_build.json")  # read by qtuning_kernels/native.py
-WANTED = os.environ.get("QTUNING_NATIVE", "")
-SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-    if os.environ.get("QTUNING_SANITIZE")
-    else []
-)
+RECORDS = {name: Path(f"qtuning_kernels/{name}_build.json") for name in ("native", "cuda")}  # read by those modules
+WANTED = {name: os.environ.get(f"QTUNING_{name.upper()}", "") for name in RECORDS}
+# Ampere, Ada, Hopper, Blackwell, and PTX for what comes after
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # toolkits that do not know Blackwell
+SANITIZE = ["-fsanitize=address,undefined", "-O1"] if os.environ.get("QTUNING_SANITIZE") else []
 
 
-def why_not() -> str | None:
+def why_not(name: str) -> str | None:
     """The reason not to build the extension; None if it can be tried."""
-    if WANTED == "0":
-        return "it was built with QTUNING_NATIVE=0"
+    if WANTED[name] == "0":
+        return f"it was built with QTUNING_{name.upper()}=0"
     try:
-        import torch.utils.cpp_extension  # noqa: F401
+        import torch.utils.cpp_extension
     except ImportError:
         return "PyTorch was not there at build time (install with --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler at build time ({compiler!r} not found)"
+    if name == "cuda":
+        if torch.version.cuda is None:
+            return f"PyTorch {torch.__version__} was built without CUDA"
+        toolkit = torch.utils.cpp_extension.CUDA_HOME
+        if toolkit is None or not (Path(toolkit) / "bin/nvcc").exists():
+            return "there was no nvcc at build time (set CUDA_HOME to the folder of the CUDA toolkit)"
     return None
 
 
-def record(built: bool, reason: str | None) -> None:
+def record(name: str, reason: str | None) -> None:
+    """Note for `qtuning info` that the extension is built (no reason), or why it is not."""
     torch_version = None
-    if built:
+    if reason is None:
         import torch
 
         torch_version = torch.__version__
-    RECORD.write_text(json.dumps({"built": built, "torch": torch_version, "reason": reason}) + "\n")
+    else:
+        print(f"the {name} extension is left out: {reason}", file=sys.stderr)
+    RECORDS[name].write_text(json.dumps({"built": reason is None, "torch": torch_version, "reason": reason}) + "\n")
 
 
-def extension() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-    class Build(BuildExtension):
-        def run(self) -> None:
-            try:
-                super().run()
-                record(True, None)
-            except Exception as error:
-                if WANTED == "1":
-                    raise
-                record(False, f"its compilation failed: {str(error).splitlines()[0]}")
-                print(f"the native extension is left out: {error}", file=sys.stderr)
-                self.extensions = []
+def native_extension():
+    from torch.utils.cpp_extension import CppExtension
 
     # -fopenmp at compile time only: the symbols come from the OpenMP runtime that PyTorch has loaded, since
     # a second one would ignore torch.set_num_threads. No trapping or errno: loops with selects vectorise.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    compile_args = [
-        "-O3",
-        *openmp,
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-g0",
-        *SANITIZE,
-    ]
-    native = CppExtension(
+    vectorise = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    return CppExtension(
         "qtuning_kernels._C",
-        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        extra_compile_args=compile_args,
+        sorted(str(path) for folder in ("csrc/cpu", "csrc/ops") for path in Path(folder).rglob("*.cpp")),
+        extra_compile_args=["-O3", "-g0", *openmp, *vectorise, *SANITIZE],
         extra_link_args=SANITIZE,
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc"}),
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": Build, "build_py": BuildPyLast}}
+
+
+def cuda_extension():
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    default = ARCHITECTURES if version >= (12, 8) else ARCHITECTURES_BEFORE_12_8
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
+    print(f"the cuda extension is built with {CUDA_HOME}/bin/nvcc for {architectures}", file=sys.stderr)
+    return CUDAExtension(
+        "qtuning_kernels._cuda",
+        ["csrc/cuda_binding.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
+        extra_compile_args={"cxx": ["-O2", "-g0"], "nvcc": ["-O3"]},
+        depends=sorted(str(path) for folder in ("csrc/core", "csrc/cuda") for path in Path(folder).glob("*.*h")),
+    )
+
+
+def extensions() -> dict:
+    """The extensions that can be tried, each compiled by itself so that one's failure leaves the other."""
+    makers = {"native": native_extension, "cuda": cuda_extension}
+    for name in RECORDS:
+        if reason := why_not(name):
+            if WANTED[name] == "1":
+                raise SystemExit(f"QTUNING_{name.upper()}=1, but the {name} extension cannot be built: {reason}")
+            record(name, reason)
+            del makers[name]
+    if not makers:
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    modules = {name: maker() for name, maker in makers.items()}
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            built = []
+            for name, module in modules.items():
+                self.extensions = [module]
+                try:
+                    super().run()
+                    record(name, None)
+                    built.append(module)
+                except Exception as error:
+                    if WANTED[name] == "1":
+                        raise
+                    record(name, f"its compilation failed: {str(error).splitlines()[0]}")
+                    print(error, file=sys.stderr)
+            self.extensions = built
+
+    return {"ext_modules": list(modules.values()), "cmdclass": {"build_ext": Build, "build_py": BuildPyLast}}
 
 
 class BuildPyLast(build_py):
-    """Copies the record of the build, which must be made first."""
+    """Copies the records of the build, which must be made first."""
 
     def run(self) -> None:
         self.run_command("build_ext")
         super().run()
 
 
-reason = why_not()
-if reason and WANTED == "1":
-    raise SystemExit(f"QTUNING_NATIVE=1, but the native extension cannot be built: {reason}")
-if reason:
-    record(False, reason)
 setup(
     packages=[
         "qtuning_kernels",
@@ -105,6 +139,9 @@ setup(
     ],
     # another distribution owns the import name `triton_kernels`, so the folder installs inside the package
     package_dir={"qtuning_kernels.triton_kernels": "triton_kernels"},
-    package_data={"qtuning_kernels": [RECORD.name], "qtuning_kernels.report": ["templates/*"]},
-    **({} if reason else extension()),
+    package_data={
+        "qtuning_kernels": [path.name for path in RECORDS.values()],
+        "qtuning_kernels.report": ["templates/*"],
+    },
+    **extensions(),
 )

@@ -50,8 +50,12 @@ SCHEMAS = {
 }
 
 # which backends serve a device, best first
-_SERVES = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
-BACKENDS = ("reference", "native", "triton")
+_SERVES = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
+BACKENDS = ("reference", "native", "triton", "cuda")
+ORDER_REASON = {
+    "cuda": "triton has a kernel for every operator, cuda for those without a matrix product and needs no compiler"
+    " at run time; which of them is faster has not been measured on a GPU"
+}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -66,6 +70,8 @@ def _table(name: str) -> dict[str, Callable] | BackendUnavailableError:
             from qtuning_kernels import reference as module
         elif name == "native":
             from qtuning_kernels import native as module
+        elif name == "cuda":
+            from qtuning_kernels import cuda as module
         else:
             from qtuning_kernels import triton_kernels as module
     except BackendUnavailableError as error:
@@ -79,12 +85,18 @@ def unavailable_reason(name: str) -> str | None:
     return str(entry) if isinstance(entry, BackendUnavailableError) else None
 
 
+def default_order(device: torch.device | str) -> tuple[str, ...]:
+    """The backends that serve `device`, in the order in which they are tried; `ORDER_REASON` says why."""
+    return _SERVES.get(torch.device(device).type, ("reference",))
+
+
 def backend(device: torch.device | str = "cpu") -> str:
     """The name of the backend that serves tensors on `device`.
 
-    The environment variable ``QTUNING_BACKEND`` forces one of ``reference``, ``native`` (CPU) and ``triton``
-    (CUDA and ROCm; CPU tensors under ``TRITON_INTERPRET=1``). Without it the fastest one that is built is
-    taken, and a warning says so if that is only the reference.
+    The environment variable ``QTUNING_BACKEND`` forces one of ``reference``, ``native`` (CPU), ``triton`` (CUDA
+    and ROCm; CPU tensors under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA; CPU tensors with a library that
+    ``QTUNING_CUDA_EMULATOR`` names). Without it the first one of the device's order that is built is taken, and
+    a warning says so if that is only the reference.
 
     Raises:
         ValueError: ``QTUNING_BACKEND`` names no backend.
@@ -100,8 +112,9 @@ def _choose(device_type: str, forced: str) -> str:
             raise ValueError(f"QTUNING_BACKEND={forced!r} is not a backend; accepted: {', '.join(BACKENDS)}")
         if reason := unavailable_reason(forced):
             raise BackendUnavailableError(f"QTUNING_BACKEND={forced} cannot be used: {reason}")
-        interpreted = (
-            forced == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = device_type == "cpu" and (
+            (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+            or (forced == "cuda" and "QTUNING_CUDA_EMULATOR" in os.environ)
         )
         if forced not in ("reference", *_SERVES.get(device_type, ())) and not interpreted:
             accepted = ", ".join(_SERVES.get(device_type, ("reference",)))
@@ -112,7 +125,7 @@ def _choose(device_type: str, forced: str) -> str:
         return forced
     candidates = _SERVES.get(device_type, ("reference",))
     chosen = next(name for name in candidates if unavailable_reason(name) is None)
-    if chosen != candidates[0]:
+    if chosen == "reference" != candidates[0]:
         warnings.warn(
             f"{device_type} tensors are served by the slow {chosen!r} backend, because "
             f"{candidates[0]!r} is not available: {unavailable_reason(candidates[0])} "
@@ -173,9 +186,7 @@ def _fake_triage_rank(ppl, entropy, k):
 
 _FAKES = {
     "token_stats": _fake_token_stats,
-    "token_stats_backward": lambda logits, *_: torch.empty_like(
-        logits, memory_format=torch.contiguous_format
-    ),
+    "token_stats_backward": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     "token_stats_backward_": lambda *_: None,
     "linear_token_stats": _fake_linear_token_stats,
     "linear_token_stats_backward": _fake_linear_token_stats_backward,

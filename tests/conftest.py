@@ -1,4 +1,6 @@
+import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ if not torch.cuda.is_available():
     # read by Triton when a kernel is defined: its backend then runs on CPU tensors, in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from qtuning_kernels import ops
 from qtuning_kernels.ops import BACKENDS, unavailable_reason
 
+from . import cuda_emulator
 from .interpreter import quicken
 
 
@@ -25,22 +29,42 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
 
 
+# backends that serve a GPU: run on its tensors where there is one, and interpreted or emulated on the CPU elsewhere
+ON_GPU = ("triton", "cuda")
+
+
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS, indirect=True)
+    if "backend" not in metafunc.fixturenames:
+        return
+    names = metafunc.config.getoption("--backend") or BACKENDS
+    on_gpu = [pytest.param(f"{n}@gpu", marks=pytest.mark.gpu) for n in names if n in ON_GPU]
+    metafunc.parametrize("backend", [*names, *on_gpu], indirect=True)
 
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """Every operator call of the test is served by this backend."""
-    if reason := unavailable_reason(request.param):
-        pytest.skip(f"backend {request.param}: {reason}")
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    """Every operator call of the test is served by this backend; ``NAME@gpu`` makes all tensors CUDA tensors."""
+    name, _, device = request.param.partition("@")
+    if name in ON_GPU and not device and torch.cuda.is_available():
+        pytest.skip(f"backend {name}: its tests run on the GPU that is here")
+    if name == "cuda":
+        if "linear" in request.module.__name__:
+            pytest.skip("backend cuda: its linear operators are those of triton")
+        if not device:
+            if reason := cuda_emulator.why_not():
+                pytest.skip(f"backend cuda: {reason}")
+            monkeypatch.setenv("QTUNING_CUDA_EMULATOR", str(cuda_emulator.library()))
+            if "qtuning_kernels.cuda" not in sys.modules:
+                ops._table.cache_clear()  # another test may have asked, and found no extension
+    if reason := unavailable_reason(name):
+        pytest.skip(f"backend {name}: {reason}")
+    if name == "triton" and not device and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("backend triton on CPU tensors needs TRITON_INTERPRET=1")
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if name == "triton" and not device:
         quicken()
-    monkeypatch.setenv("QTUNING_BACKEND", request.param)
-    return request.param
+    monkeypatch.setenv("QTUNING_BACKEND", name)
+    with torch.device("cuda") if device else contextlib.nullcontext():
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -62,9 +62,7 @@ def test_bad_values(field, value, error, accepted):
         qk.QTuningConfig(**{field: value})
 
 
-@pytest.mark.parametrize(
-    "other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str
-)
+@pytest.mark.parametrize("other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str)
 def test_reuse_excludes(other):
     """One forward that scores and trains can neither shorten its sequences nor differ in precision."""
     (name,) = other

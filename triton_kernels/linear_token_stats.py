@@ -3,6 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.launch import (
     FUSED,
     architecture,
@@ -13,9 +16,6 @@ from qtuning_kernels.triton_kernels.launch import (
     rounded,
 )
 from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 
 
 @triton.jit

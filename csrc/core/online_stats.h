@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
-#define QT_HOST_DEVICE __host__ __device__ __forceinline__
+#define QT_HOST_DEVICE __host__ __device__ __attribute__((always_inline))
 #elif defined(__GNUC__)
 #define QT_HOST_DEVICE __attribute__((always_inline))
 #else
@@ -102,6 +102,96 @@ QT_FUNCTION R scaling_slope(R z, const Scaling<R>& scaling) {
   if (!HAS_SOFTCAP) return scaling.logit_scale;
   const R ratio = z / scaling.softcap;
   return scaling.logit_scale * (R(1) - ratio * ratio);
+}
+
+// In base 2, as the GPU kernels work: its exponential unit is binary, and t = z·log2 e - r is one fused multiply-add.
+//
+// max holds a reference r, in bits, that is close to the row's maximum and need not be exactly it; S = Σ 2^t and
+// T = Σ t 2^t are relative to it. The identity is r = reference_floor(), finite so that r - r is never NaN, and not
+// near the largest float, which times log2 e would overflow.
+
+template <typename R>
+struct Log2 {
+  static constexpr R e = R(1.4426950408889634);
+  static constexpr R nats = R(0.6931471805599453);  // per bit
+};
+
+// 2^t is 0 from here on, and t·0 is not NaN
+template <typename R>
+QT_FUNCTION R no_bits() {
+  return R(-1e4);
+}
+
+template <typename R>
+QT_FUNCTION OnlineStats<R> empty_bits() {
+  return {R(-1e30), R(0), R(0)};
+}
+
+QT_FUNCTION float exp2_of(float t) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+#else
+  return exp2f(t);
+#endif
+}
+QT_FUNCTION double exp2_of(double t) { return exp2(t); }
+
+template <typename R>
+QT_FUNCTION OnlineStats<R> merge_bits(OnlineStats<R> a, OnlineStats<R> b) {
+  const R top = a.max > b.max ? a.max : b.max;
+  const R shift_a = a.max - top, shift_b = b.max - top;
+  const R factor_a = exp2_of(shift_a), factor_b = exp2_of(shift_b);
+  return {top, a.sum * factor_a + b.sum * factor_b,
+          (a.weighted + shift_a * a.sum) * factor_a + (b.weighted + shift_b * b.sum) * factor_b};
+}
+
+// `label_bits` is t at the label. log_sum is relative to row_max as rounded, so that both together lose nothing.
+template <typename R>
+QT_FUNCTION TokenStats<R> finish_bits(OnlineStats<R> row, R label_bits) {
+  const R bits = row.sum == R(0) ? R(NAN) : R(log2(row.sum));
+  const R row_max = bits == bits ? row.max * Log2<R>::nats : R(NAN);
+  return {(bits - label_bits) * Log2<R>::nats, (bits - row.weighted / row.sum) * Log2<R>::nats, row_max,
+          (bits - R(fma(row_max, Log2<R>::e, -row.max))) * Log2<R>::nats};
+}
+
+// What one element's gradient takes: p·(a + b·t) for t = z·log2 e - reference and p = 2^t.
+template <typename R>
+struct GradientBits {
+  R reference;
+  R a;
+  R b;
+};
+
+#ifdef __CUDA_ARCH__
+QT_FUNCTION float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+QT_FUNCTION double rounded_product(double x, double y) { return __dmul_rn(x, y); }
+#else
+QT_FUNCTION float rounded_product(float x, float y) { return x * y; }
+QT_FUNCTION double rounded_product(double x, double y) { return x * y; }
+#endif
+
+// A large common offset leaves the reference a rounding error, a factor of the whole row. The error is known, and
+// goes into a and b. `slope` is dz/dx without the softcap's part.
+template <typename R>
+QT_FUNCTION GradientBits<R> gradient_bits_of(const RowGradient<R>& row, R slope) {
+  const R high = rounded_product(row.row_max, Log2<R>::e), low = rounded_product(row.log_sum, Log2<R>::e);
+  const R reference = high + low;
+  const R part = reference - high;
+  const R excess = -((high - (reference - part)) + (low - part) + R(fma(row.row_max, Log2<R>::e, -high)));
+  const R factor = R(exp2(excess)) * slope;
+  const R b = -row.grad_entropy * Log2<R>::nats;
+  const R a = row.grad_p - row.grad_entropy * row.entropy;
+  return {reference, (a + b * excess) * factor, b * factor};
+}
+
+template <bool HAS_ENTROPY, typename R>
+QT_FUNCTION R gradient_of_bits(R t, const GradientBits<R>& row) {
+  const R p = exp2_of(t);
+  if (!HAS_ENTROPY) return p * row.a;
+  const R bounded = t < no_bits<R>() ? no_bits<R>() : t;
+  return p * R(fma(bounded, row.b, row.a));
 }
 
 }  // namespace qt

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     for device in devices:
         print(f"  {f'{device} tensors':<16} {_serving(device)}")
+    for device, reason in ops.ORDER_REASON.items():
+        print(f"  {f'{device} order':<16} {', '.join(ops.default_order(device))}: {reason}")
     print("embedded")
     for asset in (fetch.MODEL, fetch.DATA):
         place = fetch.asset_folder(asset) if fetch.is_fetched(asset) else "not fetched; run: qtuning fetch"

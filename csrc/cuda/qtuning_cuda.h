@@ -1,0 +1,98 @@
+/* The CUDA kernels behind a plain C interface: no torch, no C++ in the signatures.
+ *
+ * Every function checks its arguments before it calls CUDA, enqueues work on the stream, and returns without waiting.
+ * It returns QT_OK or an error code; qt_cuda_error_message() then says which argument, what came and what is accepted.
+ * Pointers are device pointers unless stated otherwise. Shapes and meaning are those of qtuning_kernels/ops.py.
+ */
+#ifndef QTUNING_CUDA_H
+#define QTUNING_CUDA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum qt_status {
+  QT_OK = 0,
+  QT_NULL_POINTER = 1,
+  QT_BAD_SIZE = 2,
+  QT_BAD_STRIDE = 3,
+  QT_BAD_DTYPE = 4,
+  QT_BAD_ALIGNMENT = 5,
+  QT_BAD_VALUE = 6,
+  QT_CUDA_ERROR = 7 /* CUDA itself refused: no driver, no device, no memory, a failed launch */
+};
+
+enum qt_dtype { QT_FLOAT32 = 0, QT_FLOAT64 = 1, QT_BFLOAT16 = 2, QT_FLOAT16 = 3 };
+
+/* [A, C, V] with a dense last dimension; strides in elements. */
+typedef struct qt_logits {
+  void* data;
+  int32_t dtype; /* qt_dtype */
+  int64_t size_a, size_c, vocabulary;
+  int64_t stride_a, stride_c;
+} qt_logits;
+
+/* [A, C], contiguous. */
+typedef struct qt_labels {
+  const void* data;
+  int32_t bytes; /* per label: 4 or 8 */
+  int64_t ignore_index;
+} qt_labels;
+
+/* z = softcap·tanh(logit_scale·x / softcap); softcap 0: z = logit_scale·x */
+typedef struct qt_scaling {
+  double logit_scale, softcap;
+} qt_scaling;
+
+typedef struct qt_target {
+  int32_t device;
+  void* stream; /* cudaStream_t; NULL is the default stream */
+} qt_target;
+
+/* [A, C] each, contiguous: float64 for float64 logits, else float32. */
+typedef struct qt_statistics {
+  void *nll, *entropy, *row_max, *log_sum;
+} qt_statistics;
+
+/* [A, C] each, contiguous, of the statistics' dtype; a gradient that is NULL counts as 0. */
+typedef struct qt_upstream {
+  const void *entropy, *row_max, *log_sum;
+  const void *grad_nll, *grad_entropy, *grad_lse;
+} qt_upstream;
+
+/* The text for the calling thread's last call that did not return QT_OK; never NULL. */
+const char* qt_cuda_error_message(void);
+
+/* Bytes of workspace that qt_cuda_token_stats needs (0 if each row is one block's), written to *bytes (host). */
+int qt_cuda_token_stats_workspace(const qt_logits* logits, qt_target target, int64_t* bytes);
+
+int qt_cuda_token_stats(const qt_logits* logits, const qt_labels* labels, qt_scaling scaling,
+                        const qt_statistics* out, void* workspace, int64_t workspace_bytes, qt_target target);
+
+/* Writes the gradient to `grad`, which may be the logits themselves. */
+int qt_cuda_token_stats_backward(const qt_logits* logits, const qt_logits* grad, const qt_labels* labels,
+                                 const qt_upstream* upstream, qt_scaling scaling, qt_target target);
+
+/* values [rows, size], float32 or float64, contiguous; cu_seqlens int32 [segments + 1]; out float32 [rows, segments] */
+int qt_cuda_segment_means(const void* values, int32_t dtype, int64_t rows, int64_t size, const int32_t* cu_seqlens,
+                          int64_t segments, float* out, qt_target target);
+
+/* The most samples that qt_cuda_triage_rank takes. */
+enum { QT_TRIAGE_MAX_POOL = 4096 };
+
+/* ppl, entropy: float32 [size]. quadrant, role: int8 [size]; keep, supplemented: bytes 0 or 1 [size];
+ * kept_index: int64 [k]; alpha: float32, one. */
+int qt_cuda_triage_rank(const float* ppl, const float* entropy, int64_t size, int64_t k, int8_t* quadrant, int8_t* role,
+                        uint8_t* keep, int64_t* kept_index, uint8_t* supplemented, float* alpha, qt_target target);
+
+/* ppl float32 [size]; cu_seqlens int32 [segments + 1]; num_keep int64 [segments]; out: bytes 0 or 1 [size]. */
+int qt_cuda_select_tokens(const float* ppl, int64_t size, const int32_t* cu_seqlens, const int64_t* num_keep,
+                          int64_t segments, double neighbor_weight, int32_t keep_high, int32_t neighbor_mean,
+                          uint8_t* out, qt_target target);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
