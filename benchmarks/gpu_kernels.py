@@ -278,7 +278,7 @@ def flash_linear_attention(arch: str, divisible: bool) -> Iterator[Entry]:
     backward = {**row, "dloss": stat, "dlogits": "*bf16:16", "s_dloss": 1, "s_dlogits": row["s_logits"], "BV": 4096}
     name = "cross-entropy backward"
     yield Entry(
-        "flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, 4096 // 256
+        "flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, tile=4096
     )
 
 
