@@ -248,8 +248,8 @@ def linear_token_stats(
     if rows == 0:
         return tuple(stats)
     config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
-    if logits is not None and config.get("maxnreg") == 128:
-        config["maxnreg"] = 168  # the stores' addresses would spill
+    if logits is not None:
+        config.pop("maxnreg", None)  # the stores' addresses would spill
     block_n, block_v = config["BLOCK_N"], config["BLOCK_V"]
     splits = vocabulary_splits(rows, vocabulary, block_n, block_v, multiprocessors(hidden))
     per_split = triton.cdiv(triton.cdiv(vocabulary, block_v), splits) * block_v
