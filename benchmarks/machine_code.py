@@ -61,9 +61,7 @@ class Loop:
     @property
     def barriers(self) -> int:
         """Block barriers and cross-lane exchanges."""
-        return self.count(
-            r"BAR|SHFL|REDUX|WARPSYNC" if self.vendor == "nvidia" else r"s_barrier|ds_|v_readlane"
-        )
+        return self.count(r"BAR|SHFL|REDUX|WARPSYNC" if self.vendor == "nvidia" else r"s_barrier|ds_|v_readlane")
 
     @property
     def matrix(self) -> int:
@@ -81,7 +79,7 @@ class Kernel:
     spill_bytes: int
     shared: int
     threads: int
-    instructions: int
+    code: Loop  # all of it, as if it were one trip
     loops: list[Loop] = field(default_factory=list)
 
     @cached_property
@@ -96,10 +94,8 @@ class Kernel:
         return min(by_registers, threads // self.threads, blocks, by_shared)
 
     def main_loop(self) -> Loop | None:
-        """The loop that does the kernel's work: the one that moves the most bytes per trip, exponentials first."""
-        return max(
-            self.loops, key=lambda x: (x.exponentials, x.load_bytes + x.store_bytes, x.matrix), default=None
-        )
+        """The loop that does the kernel's work: most matrix instructions, then exponentials, then bytes moved."""
+        return max(self.loops, key=lambda x: (x.matrix, x.exponentials, x.load_bytes + x.store_bytes), default=None)
 
     def store_only_loops(self) -> list[Loop]:
         """Loops that write global memory and read none of it."""
@@ -136,16 +132,13 @@ def _widths(instructions: list[str], kind: str, vendor: str) -> Counter:
     return widths
 
 
-def _innermost_loops(
-    instructions: list[tuple[int, str, str]], labels: dict[str, int], vendor: str
-) -> list[Loop]:
+def _innermost_loops(instructions: list[tuple[int, str, str]], labels: dict[str, int], vendor: str) -> list[Loop]:
     """`instructions`: (position, mnemonic, branch target or ""); `labels`: position that a label stands before."""
     spans = set()
     for position, _, target in instructions:
-        if target in labels and labels[target] <= position:
-            # a branch to itself is the trap behind the last instruction, not a loop
-            if labels[target] < position:
-                spans.add((labels[target], position))
+        # a branch to itself is the trap behind the last instruction, not a loop
+        if target in labels and labels[target] < position:
+            spans.add((labels[target], position))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [
         Loop(start, [op for position, op, _ in instructions if start <= position <= end], vendor)
@@ -193,12 +186,10 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
                 pending.append(label.group(1))
             elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
                 position, op, rest = int(found.group(1), 16), found.group(2), found.group(3)
-                labels.update({name: position for name in pending})
+                labels.update(dict.fromkeys(pending, position))
                 pending = []
                 target = re.search(r"`\((\.L_x_\d+)\)", rest)
-                instructions.append(
-                    (position, op, target.group(1) if target and op.startswith("BRA") else "")
-                )
+                instructions.append((position, op, target.group(1) if target and op.startswith("BRA") else ""))
                 local += op.startswith(("LDL", "STL"))
         name = match.group(1)
         registers, stack, shared, _ = resources[name]
@@ -211,7 +202,7 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
                 spill_bytes=stack if local else 0,
                 shared=shared + dynamic_shared,
                 threads=threads,
-                instructions=len([1 for _, op, _ in instructions if op != "NOP"]),
+                code=Loop(0, [op for _, op, _ in instructions if op != "NOP"]),
                 loops=_innermost_loops(instructions, labels, "nvidia"),
             )
         )
@@ -230,7 +221,7 @@ def read_amdgcn(text: str, arch: str, threads: int, shared: int = 0) -> Kernel:
         if label := re.match(r"(\.LBB\w+):", line):
             pending.append(label.group(1))
         elif found := re.match(r"\s+((?:[sv]|ds|global|buffer|flat|scratch)_\w+)(.*)", line):
-            labels.update({name: position for name in pending})
+            labels.update(dict.fromkeys(pending, position))
             pending = []
             target = re.search(r"(\.LBB\w+)", found.group(2)) if "branch" in found.group(1) else None
             instructions.append((position, found.group(1), target.group(1) if target else ""))
@@ -242,6 +233,6 @@ def read_amdgcn(text: str, arch: str, threads: int, shared: int = 0) -> Kernel:
         spill_bytes=metadata("private_segment_fixed_size"),
         shared=shared,
         threads=threads,
-        instructions=len(instructions),
+        code=Loop(0, [op for _, op, _ in instructions], "amd"),
         loops=_innermost_loops(instructions, labels, "amd"),
     )

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 from qtuning_kernels.ops import BACKENDS, unavailable_reason
 
 from . import cuda_emulator
+from .interpreter import quicken
 
 
 def pytest_addoption(parser):
@@ -53,6 +54,8 @@ def backend(request, monkeypatch):
         pytest.skip(f"backend {name}: {reason}")
     if name == "triton" and not device and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("backend triton on CPU tensors needs TRITON_INTERPRET=1")
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        quicken()
     monkeypatch.setenv("QTUNING_BACKEND", name)
     with torch.device("cuda") if device else contextlib.nullcontext():
         yield name

@@ -8,9 +8,8 @@ beyond it end at once, so that a share ρ of the rows costs a share ρ of the ti
 import torch
 import triton
 import triton.language as tl
+from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, product, rounded
 from torch import Tensor
-
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, product
 
 
 def live_rows(live: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +40,7 @@ def gemm_kernel(
     stride_cm,
     LIMIT_M: tl.constexpr,  # count limits M, else K
     ADD: tl.constexpr,
+    PADDED: tl.constexpr,  # A's dense dimension goes on, with zeros where it is K, to a multiple of the block
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,25 +67,31 @@ def gemm_kernel(
         K = tl.minimum(K, count)
 
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    # behind the last row and column the tile repeats it, so that only the end of K is masked
-    row = tl.minimum(m, rows - 1 - first_m).to(tl.int64)
-    column = tl.minimum(n, N - 1 - first_n)
-    a_ptrs = a_ptr + first_m.to(tl.int64) * stride_am + row[:, None] * stride_am + k[None, :] * stride_ak
-    b_ptrs = b_ptr + first_n + k[:, None] * stride_bk + column[None, :]
+    # within a tile 32 bits suffice; a mask on the dense dimension would make loads narrow where A is odd
+    row = tl.minimum(m, rows - 1 - first_m) if LIMIT_M else m
+    a_ptr += first_m.to(tl.int64) * stride_am
+    b_ptr += first_n
+    a_offset = row[:, None] * stride_am + k[None, :] * stride_ak
+    b_offset = k[:, None] * stride_bk + n[None, :]
+    there = n[None, :] < N - first_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype)
-    step_a = BLOCK_K * stride_ak
-    step_b = BLOCK_K * stride_bk
     for start in range(0, K, BLOCK_K):
-        a = tl.load(a_ptrs, k[None, :] < K - start, 0.0)
-        b = tl.load(b_ptrs, k[:, None] < K - start, 0.0)
+        left = K - start
+        if not PADDED:
+            a = tl.load(a_ptr + a_offset, (k[None, :] < left) & (m[:, None] < M - first_m), 0.0)
+        elif LIMIT_M:
+            a = tl.load(a_ptr + a_offset)
+        else:
+            a = tl.load(a_ptr + a_offset, k[None, :] < left, 0.0)
+        b = tl.load(b_ptr + b_offset, (k[:, None] < left) & there, 0.0)
         acc = product(a, b, acc, PRECISION)
-        a_ptrs += step_a
-        b_ptrs += step_b
+        a_ptr += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        b_ptr += tl.cast(stride_bk, tl.int64) * BLOCK_K
     c_ptrs = c_ptr + (first_m + m).to(tl.int64)[:, None] * stride_cm + (first_n + n)[None, :]
     valid = (m[:, None] < rows - first_m) & (n[None, :] < N - first_n)
     if ADD:
         acc += tl.load(c_ptrs, valid, 0.0)
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), valid)
+    tl.store(c_ptrs, rounded(acc, c_ptr.dtype.element_ty), valid)
 
 
 # Reads every element of the live rows once; writes (and reads, to add) one sum per column.
@@ -116,11 +122,12 @@ def column_sums_kernel(
     tl.store(out_ptr + column, total, valid)
 
 
-def gemm_config(itemsize: int, arch: str) -> dict[str, int]:
-    """Tiles of the products: the largest that spill nothing; small where no 16-bit matrix instructions help, and
-    large in the interpreter, which pays per tile."""
+def gemm_config(m: int, k: int, n: int, itemsize: int, arch: str) -> dict[str, int]:
+    """Tiles of the products: the largest that spill nothing; small where no 16-bit matrix instructions help. In the
+    interpreter, which pays per tile and per element, as large as the product."""
     if arch == "interpreter":
-        return {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 1024, "GROUP": 1}
+        blocks = (min(cap, max(16, triton.next_power_of_2(size))) for size, cap in ((m, 1024), (k, 1024), (n, 128)))
+        return {**dict(zip(("BLOCK_M", "BLOCK_K", "BLOCK_N"), blocks, strict=True)), "GROUP": 1}
     if itemsize > 2:
         block_k = 32 if itemsize == 4 else 16
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_k, "GROUP": 8, "num_warps": 4, "num_stages": 2}
@@ -132,7 +139,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, count: Tensor, *, limit: str, ad
     """out = a @ b, or out += a @ b, over the live rows.
 
     Args:
-        a: ``[M, K]``, any strides.
+        a: ``[M, K]``, dense in K if `limit` is "M", in M if it is "K". Where its other stride is a multiple of the
+            block, what lies behind the dense dimension up to the block's end must be readable, and 0 for "M".
         b: ``[K, N]``, dense rows.
         out: ``[M, N]``, dense rows; any floating dtype, sums are float32 (float64 for float64 input).
         count: int32 ``[1]``, the number of live rows; they come first.
@@ -140,7 +148,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, count: Tensor, *, limit: str, ad
             "K" if the inner dimension is: what lies behind is not read.
         add: whether `out` is added to.
     """
-    config = gemm_config(a.element_size(), architecture(a))
+    config = gemm_config(*a.shape, b.shape[1], a.element_size(), architecture(a))
+    pitch, block = (a.stride(0), config["BLOCK_K"]) if limit == "M" else (a.stride(1), config["BLOCK_M"])
+    padded = pitch % block == 0
     grid = triton.cdiv(a.shape[0], config["BLOCK_M"]) * triton.cdiv(b.shape[1], config["BLOCK_N"])
     with on_device(a):
         gemm_kernel[(grid,)](
@@ -157,6 +167,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, count: Tensor, *, limit: str, ad
             out.stride(0),
             LIMIT_M=limit == "M",
             ADD=add,
+            PADDED=padded,
             PRECISION=dot_precision(a),
             dtype=tl.float64 if a.dtype == torch.float64 else tl.float32,
             **config,

@@ -28,6 +28,17 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in `dtype`, rounded to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter would truncate
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), float("nan"))
+    return x.to(dtype)
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's device current, as Triton launches on the current one; nothing to do in the interpreter."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -3,11 +3,19 @@
 import torch
 import triton
 import triton.language as tl
+from qtuning_kernels.triton_kernels.launch import (
+    FUSED,
+    architecture,
+    dot_precision,
+    multiprocessors,
+    on_device,
+    product,
+    rounded,
+)
+from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, multiprocessors, on_device, product
-from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
 
 
 @triton.jit
@@ -73,16 +81,19 @@ def linear_token_stats_kernel(
     labels_ptr,
     partial_ptr,  # [3, splits, N]
     x_label_ptr,  # [N]
+    logits_ptr,  # where a caller wants them too, rounded to their dtype
     count_ptr,  # rows to work on, if fewer than N
     N,
     V,
     H,
     columns_per_split,
+    stride,
     INNER: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,6 +138,9 @@ def linear_token_stats_kernel(
         quarters = column_halves(left) + column_halves(right)
         for i in tl.static_range(4):
             column = start + i * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)[None, :]
+            if HAS_LOGITS:
+                out_ptrs = logits_ptr + row.to(tl.int64)[:, None] * stride + column
+                tl.store(out_ptrs, rounded(quarters[i], logits_ptr.dtype.element_ty), valid[:, None] & (column < last))
             x = scaled(quarters[i], INNER, HAS_SOFTCAP)
             x_label += tl.sum(tl.where(column == label[:, None], x, 0.0), 1)
             x = tl.where(column < last, x, float("-inf"))
@@ -171,7 +185,7 @@ def combine_kernel(
     x_label = tl.load(x_label_ptr + row, valid & possible, 0.0)
     x_label = tl.where(possible, x_label, float("nan"))
     r, total, weighted = merge(r, total, weighted, 0)
-    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, UNIT)
+    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, V, UNIT)
     ignored = label == ignore_index
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll), valid)
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy), valid)
@@ -179,7 +193,7 @@ def combine_kernel(
     tl.store(log_sum_ptr + row, tl.where(ignored, 0.0, log_sum), valid)
 
 
-def tile_config(rows: int, itemsize: int, arch: str) -> dict[str, int]:
+def tile_config(rows: int, size: int, itemsize: int, arch: str) -> dict[str, int]:
     """Tiles of a GEMM from hidden states to logits, whose epilogue works on the accumulators.
 
     128 × 128 with 8 warps leaves 64 accumulators per thread. From Hopper on, operands come from shared memory and
@@ -190,7 +204,8 @@ def tile_config(rows: int, itemsize: int, arch: str) -> dict[str, int]:
     pays per tile, not per element.
     """
     if arch == "interpreter":
-        return {"BLOCK_N": 32, "BLOCK_V": 2048, "BLOCK_H": 128}
+        block_n, block_h = (min(cap, max(16, triton.next_power_of_2(n))) for n, cap in ((rows, 64), (size, 128)))
+        return {"BLOCK_N": block_n, "BLOCK_V": 1024, "BLOCK_H": block_h}
     if itemsize > 2:
         block_h = 32 if itemsize == 4 else 16
         return {"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_H": block_h, "num_warps": 4, "num_stages": 2}
@@ -219,10 +234,12 @@ def linear_token_stats(
     logit_scale: float,
     softcap: float | None,
     count: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_stats` of ``hidden @ weight.T + bias``, whose logits never exist outside of registers.
 
     With `count` (int32 ``[1]``) only that many rows are worked on, and the labels behind must be ignored ones.
+    With `logits` (``[N, V]``, dense rows) they are written there too.
     """
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
@@ -230,7 +247,9 @@ def linear_token_stats(
     stats = [torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(4)]
     if rows == 0:
         return tuple(stats)
-    config = tile_config(rows, hidden.element_size(), architecture(hidden))
+    config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
+    if logits is not None and config.get("maxnreg") == 128:
+        config["maxnreg"] = 168  # the stores' addresses would spill
     block_n, block_v = config["BLOCK_N"], config["BLOCK_V"]
     splits = vocabulary_splits(rows, vocabulary, block_n, block_v, multiprocessors(hidden))
     per_split = triton.cdiv(triton.cdiv(vocabulary, block_v), splits) * block_v
@@ -246,14 +265,17 @@ def linear_token_stats(
             labels,
             partial,
             x_label,
+            logits,
             count,
             rows,
             vocabulary,
             size,
             per_split,
+            0 if logits is None else logits.stride(0),
             **scale,
             HAS_BIAS=bias is not None,
             HAS_COUNT=count is not None,
+            HAS_LOGITS=logits is not None,
             EVEN_H=size % config["BLOCK_H"] == 0,
             PRECISION=dot_precision(hidden),
             **config,

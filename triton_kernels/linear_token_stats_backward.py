@@ -13,14 +13,14 @@ Rows whose upstream gradients are all 0, or whose label is ignored, are compacte
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device
+from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, rounded
 from qtuning_kernels.triton_kernels.linear_token_stats import project_tile, tile_config
 from qtuning_kernels.triton_kernels.row_math import scaled, scaling
 from qtuning_kernels.triton_kernels.token_stats_backward import coefficients, gradient
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 
 WORKSPACE = 256 * 2**20  # bytes, for the gradients of one chunk of logits
 
@@ -96,9 +96,7 @@ def linear_gradient_kernel(
     log_sum = tl.load(log_sum_ptr + row, valid, 0.0)
     possible = (label >= 0) & (label < V)
     reference, a, b = coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE)
-    g = gradient(
-        acc, reference[:, None], a[:, None], b[:, None], INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY
-    )
+    g = gradient(acc, reference[:, None], a[:, None], b[:, None], INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
     if HAS_NLL:
         slope = (g_nll * SLOPE)[:, None]
         if HAS_SOFTCAP:
@@ -106,7 +104,7 @@ def linear_gradient_kernel(
             slope = slope * (1.0 - squashed * squashed)
         g -= tl.where(column[None, :] == label[:, None], slope, 0.0)
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * stride + (column - first_chunk_column)[None, :]
-    tl.store(out_ptrs, g.to(out_ptr.dtype.element_ty), valid[:, None] & (column < last_chunk_column)[None, :])
+    tl.store(out_ptrs, rounded(g, out_ptr.dtype.element_ty), valid[:, None] & (column < last_chunk_column)[None, :])
 
 
 def chunk_columns(rows: int, vocabulary: int, itemsize: int) -> int:
@@ -134,25 +132,29 @@ def linear_token_stats_backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that `needs` leaves out."""
     rows, size = hidden.shape
     vocabulary = weight.shape[0]
+    if vocabulary == 1:
+        grad_nll = grad_entropy = None  # both statistics are 0 whatever the logit
     upstream = (grad_nll, grad_entropy, grad_lse)
     given = [g for g in upstream if g is not None]
-    none = hidden.new_empty(0)
     needs = [*needs[:2], needs[2] and bias is not None]
     if rows == 0 or not given or not any(needs):
-        grads = (torch.zeros_like(x) if need else none for x, need in zip((hidden, weight, bias), needs, strict=True))
+        grads = (
+            torch.zeros_like(x) if need else hidden.new_empty(0)
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        )
         return tuple(grads)
 
     index, count = live_rows((labels != ignore_index) & torch.stack([g != 0 for g in given]).any(0))
     packed = hidden[index]
     per_row = [None if x is None else x[index] for x in (labels, entropy, row_max, log_sum, *upstream)]
     chunk = chunk_columns(rows, vocabulary, hidden.element_size())
-    pitch = triton.cdiv(chunk, 64) * 64  # rows stay aligned
+    pitch = triton.cdiv(chunk, 128) * 128  # rows stay aligned, and tiles need no mask
     gradients = hidden.new_empty((rows, pitch))
     dtype = stats_dtype(hidden.dtype)
-    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else none
-    grad_weight = torch.empty_like(weight) if needs[1] else none
-    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else none
-    config = tile_config(rows, hidden.element_size(), architecture(hidden))
+    grad_hidden = torch.zeros((rows, size), dtype=dtype, device=hidden.device) if needs[0] else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if needs[1] else hidden.new_empty(0)
+    grad_bias = torch.empty(vocabulary, dtype=dtype, device=hidden.device) if needs[2] else hidden.new_empty(0)
+    config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
 
     for first in range(0, vocabulary, chunk):
         last = min(first + chunk, vocabulary)
@@ -183,6 +185,7 @@ def linear_token_stats_backward(
                 **FUSED,
             )
         g = gradients[:, : last - first]
+        gradients[:, last - first :] = 0
         if needs[0]:
             multiply(g, weight[first:last], grad_hidden, count, limit="M", add=first > 0)
         if needs[1]:
@@ -191,4 +194,4 @@ def linear_token_stats_backward(
             column_sums(g, grad_bias[first:last], count, add=False)
     if needs[0]:
         grad_hidden = torch.empty_like(hidden).index_copy_(0, index, grad_hidden.to(hidden.dtype))
-    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else none
+    return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else hidden.new_empty(0)

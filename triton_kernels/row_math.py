@@ -61,7 +61,7 @@ def load_words(ptr, words):
 def tanh(x):
     """Hyperbolic tangent, within a few units in the last place (a polynomial where the quotient cancels)."""
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    quotient = (1.0 - decay) / (1.0 + decay)
+    quotient = 1.0 - 2.0 * decay / (1.0 + decay)  # rounded once near 1
     quotient = tl.where(x < 0, -quotient, quotient)
     if x.dtype == tl.float64:
         return quotient
@@ -119,14 +119,18 @@ def merge(r, total, weighted, axis: tl.constexpr):
 
 
 @triton.jit
-def finish(r, total, weighted, x_label, UNIT: tl.constexpr):
+def finish(r, total, weighted, x_label, V, UNIT: tl.constexpr):
     """nll, entropy, row_max and log_sum in nats, of a merged row and the scaled value at its label.
 
-    log_sum is relative to row_max as rounded, so that their sum loses nothing to the common offset.
+    log_sum is relative to row_max as rounded, so that their sum loses nothing to the common offset. What rounding
+    leaves below 0 is 0, and so is all of it where there is nothing to choose from.
     """
     bits = tl.where(total == 0, float("nan"), tl.log2(total))
-    nll = (bits - tl.fma(x_label, UNIT, -r)) * LN2
-    entropy = (bits - weighted / total) * LN2
+    nll = tl.maximum(bits - tl.fma(x_label, UNIT, -r), 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
+    entropy = tl.maximum(bits - weighted / total, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
+    if V == 1:
+        nll = (bits - bits) + (x_label - x_label)
+        entropy = bits - bits
     row_max = tl.where(bits == bits, r * LN2, float("nan"))
     log_sum = (bits - tl.fma(row_max, LOG2E, -r)) * LN2
     return nll, entropy, row_max, log_sum

@@ -1,1 +1,35 @@
-from qtuning_kernels.reference import segment_means
+"""`segment_means` on the GPU: the coordinates of the error–uncertainty plane, before the exponential."""
+
+import torch
+import triton
+import triton.language as tl
+from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
+from torch import Tensor
+
+
+# Reads every value once, writes 4 bytes per segment. A block sums its segment in float64, in a fixed order.
+@triton.jit
+def segment_means_kernel(values_ptr, cu_seqlens_ptr, means_ptr, stride, BLOCK: tl.constexpr):
+    segment, row = tl.program_id(0), tl.program_id(1)
+    start = tl.load(cu_seqlens_ptr + segment).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + segment + 1).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    row_ptr = values_ptr + row.to(tl.int64) * stride
+    for first in range(start, end, BLOCK):
+        sums += tl.load(row_ptr + first + lanes, lanes < end - first, 0.0).to(tl.float64)
+    mean = tl.sum(sums, 0) / (end - start).to(tl.float64)
+    tl.store(means_ptr + row * tl.num_programs(0) + segment, mean.to(tl.float32))
+
+
+def segment_means(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean of every segment of every row, float32 ``[C, B]``; NaN for an empty segment."""
+    rows, segments = values.shape[0], cu_seqlens.shape[0] - 1
+    means = torch.empty((rows, segments), dtype=torch.float32, device=values.device)
+    if means.numel():
+        values = values if values.stride(1) == 1 else values.contiguous()
+        with on_device(values):
+            segment_means_kernel[(segments, rows)](
+                values, cu_seqlens, means, values.stride(0), BLOCK=512, num_warps=4, **UNFUSED
+            )
+    return means

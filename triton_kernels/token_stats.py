@@ -3,9 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,
@@ -17,6 +14,9 @@ from qtuning_kernels.triton_kernels.row_math import (
     scaled,
     scaling,
 )
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 
 
 # Reads itemsize bytes per element once, and a label per row; writes 4 statistics per row.
@@ -84,7 +84,7 @@ def token_stats_kernel(
     x_label = tl.load(logits_ptr + start + label, possible, float("nan"))
     x_label = tl.where(possible, scaled(x_label, INNER, HAS_SOFTCAP), float("nan"))
     r, total, weighted = merge(r, total, weighted, 0)
-    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, UNIT)
+    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, V, UNIT)
     tl.store(nll_ptr + row, nll)
     tl.store(entropy_ptr + row, entropy)
     tl.store(row_max_ptr + row, row_max)
@@ -138,9 +138,7 @@ def token_stats(
     logits: Tensor, labels: Tensor, ignore_index: int, logit_scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, entropy, row_max, log_sum per token, in nats; 0 where the label is `ignore_index`."""
-    stats = [
-        torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4)
-    ]
+    stats = [torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4)]
     if labels.numel() == 0:
         return tuple(stats)
     vocabulary = logits.shape[-1]

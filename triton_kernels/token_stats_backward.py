@@ -3,9 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rows_of, warp_size
+from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rounded, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     LN2,
     LOG2E,
@@ -15,6 +13,7 @@ from qtuning_kernels.triton_kernels.row_math import (
     scaled,
     scaling,
 )
+from torch import Tensor
 
 
 # A live row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
@@ -96,10 +95,8 @@ def token_stats_backward_kernel(
     # in place, the logit at the label must be read before the loop writes over it
     x_label = tl.load(logits_ptr + start + label, possible, 0.0)
 
-    if SAME_LEAD:
-        in_ptr = logits_ptr + start // VECTOR * VECTOR  # the same as start − lead, but known to divide
-    else:
-        in_ptr = logits_ptr + start - lead
+    # with the same lead, start − lead is a multiple of the vector, which only this form says
+    in_ptr = logits_ptr + (start // VECTOR * VECTOR if SAME_LEAD else start - lead)
     edge_ptr = in_ptr
     for _ in range(1, full):
         in_ptr += BLOCK
@@ -110,12 +107,12 @@ def token_stats_backward_kernel(
         else:
             tile = tl.load(in_ptr + lanes)
         g = gradient(tile, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
-        tl.store(out_ptr + lanes, g.to(grad_ptr.dtype.element_ty))
+        tl.store(out_ptr + lanes, rounded(g, grad_ptr.dtype.element_ty))
     # the first block, and what is left behind the last full one
     while done < end:
         x, inside = load_edge(edge_ptr + done, lanes, lead - done, end - done, VECTOR if SAME_LEAD else 1)
         g = gradient(x, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
-        tl.store(grad_ptr + aligned + done + lanes, g.to(grad_ptr.dtype.element_ty), inside)
+        tl.store(grad_ptr + aligned + done + lanes, rounded(g, grad_ptr.dtype.element_ty), inside)
         done = full * BLOCK if done == 0 else done + BLOCK
 
     if HAS_NLL:
@@ -126,7 +123,7 @@ def token_stats_backward_kernel(
             slope = slope * (1.0 - squashed * squashed)
         # another thread of the block has written this entry in the loop
         tl.debug_barrier()
-        tl.store(grad_ptr + grad_start + label, (g_label - slope).to(grad_ptr.dtype.element_ty), possible)
+        tl.store(grad_ptr + grad_start + label, rounded(g_label - slope, grad_ptr.dtype.element_ty), possible)
 
 
 @triton.jit
@@ -162,10 +159,7 @@ def gradient(
     x = scaled(x, INNER, HAS_SOFTCAP)
     t = tl.fma(x, UNIT, -reference)
     g = tl.exp2(t)
-    if HAS_ENTROPY:
-        g = g * tl.fma(tl.maximum(t, NO_BITS), b, a)
-    else:
-        g = g * a
+    g = g * (tl.fma(tl.maximum(t, NO_BITS), b, a) if HAS_ENTROPY else a)
     if HAS_SOFTCAP:
         g = g * (1.0 - x * x)
     return g
@@ -247,6 +241,8 @@ def launch(
     if grad.numel() == 0:
         return
     vocabulary = logits.shape[-1]
+    if vocabulary == 1:
+        upstream = (None, None, upstream[2])  # nll and entropy are 0 whatever the logit
     rows, grad_rows = rows_of(logits), rows_of(grad)
     with on_device(logits):
         token_stats_backward_kernel[(labels.numel(),)](

@@ -1,0 +1,159 @@
+"""What compiled code says about the GPU kernels, ours and the peers', without a GPU.
+
+    python benchmarks/gpu_static.py [--arch sm_90 …] [--library qtuning-kernels …]
+
+compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
+results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Peers are read
+where they are installed: ``pip install --no-deps liger-kernel cut-cross-entropy flash-linear-attention fla-core``.
+"""
+
+import argparse
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined; interpreted kernels cannot be compiled
+
+from pathlib import Path
+
+import gpu_static_cuda
+import triton
+from common import read_rows, write_rows
+from compile_ahead import TARGETS, compile_kernel
+from gpu_kernels import LIBRARIES as TRITON_LIBRARIES
+from gpu_kernels import Entry
+
+LIBRARIES = TRITON_LIBRARIES | {gpu_static_cuda.LIBRARY: gpu_static_cuda.entries}
+RESULTS = Path(__file__).parent / "results"
+# clocks in which DRAM delivers 2 bytes for each of 32 lanes of one of a multiprocessor's four partitions
+READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
+
+
+def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
+    """One CSV row: what the compiled kernel holds, per element of the logits where it loops over them."""
+    kernel = entry.compiled or compile_kernel(entry.fn, arch, entry.arguments, **entry.options)
+    loop = kernel.main_loop() if entry.elements is None else kernel.code
+    row = {
+        "library": entry.library,
+        "kernel": entry.name,
+        "arch": arch,
+        "vocabulary": "divisible by 16" if divisible else "odd",
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spill_bytes,
+        "shared_bytes": kernel.shared,
+        "threads": kernel.threads,
+        "blocks_per_multiprocessor": kernel.blocks_per_multiprocessor or "",
+        "code_instructions": len(kernel.code.instructions),
+        "triton": triton.__version__,
+    }
+    if loop is None:
+        return row
+    row |= {
+        "load_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.load_widths.items())),
+        "store_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.store_widths.items())),
+        "barriers_in_loop": loop.barriers if entry.elements is None else "",
+        "matrix_instructions_in_loop": loop.matrix,
+    }
+    elements = entry.elements or loop.load_bytes // 2
+    if not entry.matrix and loop.exponentials and elements:
+        instructions = len(loop.instructions) / elements
+        row |= {
+            "instructions_per_element": f"{instructions:.2f}",
+            "exponentials_per_element": f"{loop.exponentials / elements:.4f}",
+            "bytes_per_element": f"{(loop.load_bytes + loop.store_bytes) / elements:.2f}",
+        }
+        if arch in READ_CLOCKS:
+            clocks = READ_CLOCKS[arch] * (loop.load_bytes + loop.store_bytes) / elements / 2
+            row["memory_clocks_per_instruction_clock"] = f"{clocks / instructions:.2f}"
+    return row
+
+
+def traffic(rows: list[dict[str, object]], arch: str = "sm_90") -> list[dict[str, object]]:
+    """Global bytes per logit of one step, forward and gradient, from the counted loads and stores.
+
+    Three shares ρ of kept tokens. "zeroed": the pruned rows stay and get zeros; "compacted": they were left out.
+    """
+
+    def counted(library: str, kernel: str) -> float:
+        for row in rows:
+            if (row["library"], row["kernel"], row["arch"], row["vocabulary"]) == (
+                library,
+                kernel,
+                arch,
+                "divisible by 16",
+            ):
+                return float(row["bytes_per_element"])
+        raise KeyError(kernel)
+
+    forward = counted("qtuning-kernels", "token_stats")
+    backward = counted("qtuning-kernels", "token_stats_backward, nll")
+    steps = {
+        "qtuning-kernels, pruned rows zeroed": lambda rho: forward + rho * backward + (1 - rho) * 2,
+        "qtuning-kernels, rows compacted": lambda rho: forward + rho * backward,
+    }
+    if any(row["library"] == "liger-kernel" for row in rows):
+        # the loop with most exponentials is its second pass, which reads and writes; the first one only reads
+        peer = counted("liger-kernel", "cross-entropy with gradient") + 2
+        steps["liger-kernel (no entropy; gradient of every row)"] = lambda rho: peer
+    return [
+        {"step": name, **{f"bytes_per_logit_at_{100 * rho:g}_percent": f"{step(rho):.2f}" for rho in (0.06, 0.25, 1.0)}}
+        for name, step in steps.items()
+    ]
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Instructions per element against what the memory leaves time for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [r for r in rows if r.get("instructions_per_element") and r["arch"] in READ_CLOCKS]
+    shown.sort(key=lambda r: (r["arch"], r["library"] != "qtuning-kernels", r["kernel"], r["vocabulary"]))
+    labels = [f"{r['arch']}  {r['library']}: {r['kernel']} ({r['vocabulary']})" for r in shown]
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.3 * len(shown)))
+    colors = ["tab:blue" if r["library"] == "qtuning-kernels" else "tab:gray" for r in shown]
+    axes.barh(labels, [float(r["instructions_per_element"]) for r in shown], color=colors)
+    limits = [READ_CLOCKS[r["arch"]] * float(r["bytes_per_element"]) / 2 for r in shown]
+    axes.scatter(limits, labels, marker="|", s=200, color="tab:red", label="memory-bound below")
+    axes.set_xlabel("instructions per logit (counted in compiled code, not timed)")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = []
+    for library in options.library:
+        for arch in options.arch:
+            for divisible in (True, False):
+                try:
+                    entries = list(LIBRARIES[library](arch, divisible))
+                except ImportError as error:
+                    print(f"{library}: not installed ({error})")
+                    break
+                for entry in entries:
+                    try:
+                        row = inspect(entry, arch, divisible)
+                    except Exception as error:  # a peer that does not compile for a target is a result
+                        if library == "qtuning-kernels":
+                            raise
+                        print(f"{arch} {library} {entry.name}: does not compile ({type(error).__name__})", flush=True)
+                        continue
+                    rows.append(row)
+                    fields = ("registers", "spill_bytes", "blocks_per_multiprocessor", "load_bits")
+                    fields += ("instructions_per_element", "exponentials_per_element")
+                    details = ", ".join(f"{name} {row[name]}" for name in fields if row.get(name) not in (None, ""))
+                    print(f"{arch:6} {row['vocabulary']:15} {library}: {entry.name}: {details}", flush=True)
+                write_rows(options.output / "gpu_static.csv", rows)
+    if "sm_90" in options.arch and "qtuning-kernels" in options.library:
+        write_rows(options.output / "gpu_traffic.csv", traffic(rows))
+    plot(read_rows(options.output / "gpu_static.csv"), options.output / "gpu_static.png")
+
+
+if __name__ == "__main__":
+    main()
