@@ -77,18 +77,14 @@ def compile_all(arch: str) -> list[tuple[dict[str, object], Kernel]]:
     return kernels
 
 
-def table(arch: str) -> Iterator[tuple[str, Kernel, int]]:
-    """Name, kernel and bytes per element of what stands in the table: bfloat16 logits, no softcap; the policy."""
+def table(arch: str) -> Iterator[tuple[str, Kernel]]:
+    """What stands in the table, by name: the kernels for bfloat16 logits without a softcap, and the policy's."""
     for what, kernel in compile_all(arch):
         name = what["operator"]
-        if what["dtype"] == "float64" and name != "segment_means":
+        of_logits = what["form"] is not None
+        if (of_logits and (what["dtype"], what["form"]) != ("bfloat16", "linear")) or what["dtype"] == "float64":
             continue
-        if name.startswith("token_stats") or name == "combine":
-            if what["dtype"] != "bfloat16" or what["form"] != "linear":
-                continue
-            if name == "token_stats_backward":
-                name += ", all" if what["has_entropy"] else ", nll"
-                name += "" if what["same_lead"] else ", other alignment"
-        elif what["dtype"] == "float64":
-            continue
-        yield name, kernel, 2
+        if what["has_entropy"] is not None:
+            name += ", all" if what["has_entropy"] else ", nll"
+            name += "" if what["same_lead"] else ", other alignment"
+        yield name, kernel

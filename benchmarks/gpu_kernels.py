@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from machine_code import Kernel
+
 VOCABULARY = {True: 128256, False: 50257}  # divisible by 16, and odd
 HIDDEN = 4096
 
@@ -21,6 +23,7 @@ class Entry:
     tile: int | None = None  # logits of a block, for kernels without a loop over them
     passes: int = 1  # loops over the logits
     matrix: bool = False
+    compiled: Kernel | None = None  # by another compiler than Triton
 
 
 def _split(config: dict[str, Any], *names: str) -> tuple[dict[str, Any], dict[str, Any]]:

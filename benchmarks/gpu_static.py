@@ -14,11 +14,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined; inter
 
 from pathlib import Path
 
+import gpu_static_cuda
 import triton
 from common import read_rows, write_rows
 from compile_ahead import TARGETS, compile_kernel
-from gpu_kernels import LIBRARIES, Entry
+from gpu_kernels import LIBRARIES as TRITON_LIBRARIES
+from gpu_kernels import Entry
 
+LIBRARIES = TRITON_LIBRARIES | {gpu_static_cuda.LIBRARY: gpu_static_cuda.entries}
 RESULTS = Path(__file__).parent / "results"
 # clocks in which DRAM delivers 2 bytes for each of 32 lanes of one of a multiprocessor's four partitions
 READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
@@ -26,7 +29,7 @@ READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
 
 def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
     """One CSV row: what the compiled kernel holds, per element of the logits where it loops over them."""
-    kernel = compile_kernel(entry.fn, arch, entry.arguments, **entry.options)
+    kernel = entry.compiled or compile_kernel(entry.fn, arch, entry.arguments, **entry.options)
     # the loops over the logits are those with most exponentials
     loops = sorted((x for x in kernel.loops if x.load_bytes), key=lambda x: -x.exponentials)[: entry.passes]
     loops = [kernel.code] if entry.tile else [kernel.main_loop()] if entry.passes == 1 else loops
@@ -188,7 +191,7 @@ def main() -> None:
                     details = ", ".join(f"{name} {row[name]}" for name in fields if row.get(name) not in (None, ""))
                     print(f"{arch:6} {row['vocabulary']:15} {library}: {entry.name}: {details}", flush=True)
                 write_rows(options.output / "gpu_static.csv", rows)
-    if "sm_90" in options.arch:
+    if "sm_90" in options.arch and "qtuning-kernels" in options.library:
         write_rows(options.output / "gpu_traffic.csv", traffic(rows))
     if options.output == RESULTS and set(options.arch) == set(TARGETS):
         fill(RESULTS.parent.parent / "docs" / "kernels.md", RESULTS)

@@ -1,6 +1,5 @@
 import contextlib
 import os
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ if not torch.cuda.is_available():
     # read by Triton when a kernel is defined: its backend then runs on CPU tensors, in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from qtuning_kernels import ops
 from qtuning_kernels.ops import BACKENDS, unavailable_reason
 
 from . import cuda_emulator
@@ -51,11 +49,7 @@ def backend(request, monkeypatch):
         if "linear" in request.module.__name__:
             pytest.skip("backend cuda: its linear operators are those of triton")
         if not device:
-            if reason := cuda_emulator.why_not():
-                pytest.skip(f"backend cuda: {reason}")
-            monkeypatch.setenv("QTUNING_CUDA_EMULATOR", str(cuda_emulator.library()))
-            if "qtuning_kernels.cuda" not in sys.modules:
-                ops._table.cache_clear()  # another test may have asked, and found no extension
+            cuda_emulator.serve_cpu(monkeypatch)
     if reason := unavailable_reason(name):
         pytest.skip(f"backend {name}: {reason}")
     if name == "triton" and not device and os.environ.get("TRITON_INTERPRET") != "1":

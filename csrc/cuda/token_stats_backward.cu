@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
   if (owns_label) {
     const R y = scaled<FORM>(x_label, in.units);
     const R slope = FORM == Form::SOFTCAP ? in.units.slope * (R(1) - y * y) : in.units.slope;
-    store(out + label, gradient_of_x<FORM, HAS_ENTROPY>(x_label, in.units, bits) - grad_nll * slope);
+    const R subtracted = in.grad_nll ? in.grad_nll[row] * slope : R(0);  // read again: a register less in the loop
+    store(out + label, gradient_of_x<FORM, HAS_ENTROPY>(x_label, in.units, bits) - subtracted);
   }
 }
 

@@ -8,11 +8,15 @@ their plain C++ meaning.
 import hashlib
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
+
+from qtuning_kernels import ops
 
 _ROOT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
@@ -52,3 +56,12 @@ def library() -> Path:
     subprocess.run(["g++", *link], check=True)
     partial.rename(target)
     return target
+
+
+def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the backend cuda serve CPU tensors for the rest of the test; skips it where that cannot be."""
+    if reason := why_not():
+        pytest.skip(f"backend cuda: {reason}")
+    monkeypatch.setenv("QTUNING_CUDA_EMULATOR", str(library()))
+    if "qtuning_kernels.cuda" not in sys.modules:
+        ops._table.cache_clear()  # another test may have asked, and found no extension

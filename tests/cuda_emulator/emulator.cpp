@@ -58,6 +58,7 @@ bool release(unsigned first, unsigned last, State waiting) {
 }
 
 void run_block(unsigned count) {
+  const bool reversed = getenv("QTUNING_EMULATOR_REVERSED") != nullptr;  // the last thread runs first
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
     if (!thread.stack) thread.stack.reset(new char[kStackBytes]);
@@ -70,7 +71,8 @@ void run_block(unsigned count) {
   }
   for (;;) {
     bool any = false;
-    for (unsigned i = 0; i < count; ++i) {
+    for (unsigned n = 0; n < count; ++n) {
+      const unsigned i = reversed ? count - 1 - n : n;
       if (threads[i].state != State::READY) continue;
       any = true;
       running = i;
