@@ -20,8 +20,10 @@ test-slow: $(VENV)/installed $(VENV)/fetched
 	$(BIN)/python -m pytest --slow $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/fetched
+	$(BIN)/python -m pip install --quiet --editable '.[bench]' '$(TORCH)' --no-build-isolation
 	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.scoring $(STEP)
+	$(BIN)/python -m benchmarks.step $(STEP)
 	$(BIN)/python benchmarks/gpu_static.py
 
 lint: $(VENV)/installed

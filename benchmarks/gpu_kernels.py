@@ -280,9 +280,7 @@ def flash_linear_attention(arch: str, divisible: bool) -> Iterator[Entry]:
     row |= {"ignore_index": -100, "V": vocabulary, "V_TOTAL": vocabulary, "V_START": 0, "N": "i32"}
     backward = {**row, "dloss": stat, "dlogits": "*bf16:16", "s_dloss": 1, "s_dlogits": row["s_logits"], "BV": 4096}
     name = "cross-entropy backward"
-    yield Entry(
-        "flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, tile=4096
-    )
+    yield Entry("flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, tile=4096)
 
 
 LIBRARIES: dict[str, Callable[[str, bool], Iterator[Entry]]] = {

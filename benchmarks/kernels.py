@@ -256,15 +256,19 @@ def plot(clock: str) -> None:
                     for edge in ("q1_ms", "q3_ms")
                 ]
             places = [index + 0.4 * offset for index in range(len(names))]
-            axis.barh(places, heights, 0.38, xerr=errors, label=dtype)
+            bars = axis.barh(places, heights, 0.38, xerr=errors, label=dtype, color=("#0072B2", "#E69F00")[offset])
+            axis.bar_label(
+                bars, [(f"{x:.3g}" if x < 100 else f"{x:.0f}") if x else "" for x in heights], padding=4, fontsize=8
+            )
         if not mine:
             continue
         axis.set_yticks([index + 0.2 for index in range(len(names))], names)
         axis.invert_yaxis()
-        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("MiB above the inputs" if field == "peak_mib" else "ms, median and quartiles")
         axis.set_title(group)
-    axes.flat[0].legend()
+    axes.flat[0].legend(frameon=False)
     machine = rows[0]["machine"] if rows else ""
     figure.suptitle(f"N = {tokens} (memory: 2048), H = 576, V = 49152, {clock} time; {machine}")
     figure.tight_layout()
