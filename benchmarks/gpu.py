@@ -7,6 +7,7 @@ given in GB/s and as a share of the copy bandwidth measured in the same run. Wri
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import qtuning_kernels as qk
+from qtuning_kernels.ops import unavailable_reason
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.06, 0.25, 1.0)  # of kept tokens
@@ -36,6 +38,22 @@ def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object
     def run() -> object:
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(loss(leaf), leaf)
+
+    return run
+
+
+def served_by(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, with every operator served by `backend`."""
+
+    def run() -> object:
+        before = os.environ.get("QTUNING_BACKEND")
+        os.environ["QTUNING_BACKEND"] = backend
+        try:
+            return call()
+        finally:
+            del os.environ["QTUNING_BACKEND"]
+            if before is not None:
+                os.environ["QTUNING_BACKEND"] = before
 
     return run
 
@@ -70,6 +88,12 @@ def cases(rows: int, vocabulary: int, hidden: int, device: str) -> dict[str, tup
             gradient(lambda h, w=weight: qk.linear_cross_entropy(h, head, labels, token_weight=w), states),
             0,
         )
+    if reason := unavailable_reason("cuda"):
+        print(f"backend cuda: {reason}")
+    else:
+        for name in [name for name in found if name.startswith("token_stats")]:
+            call, moved = found[name]
+            found[f"{name}, CUDA C++"] = (served_by("cuda", call), moved)
     if hasattr(functional, "linear_cross_entropy"):
         call = functional.linear_cross_entropy
         found["F.linear_cross_entropy"] = (gradient(lambda h: call(h, head, labels), states), 0)
