@@ -82,6 +82,22 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def markdown(head: list[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def fill(document: Path, parts: dict[str, str]) -> None:
+    """Puts each part between its marks, ``<!-- name -->`` and ``<!-- end name -->``, in a Markdown page."""
+    text = document.read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        if begin in text:
+            text = text[: text.index(begin) + len(begin)] + f"\n{part}\n" + text[text.index(end) :]
+    document.write_text(text)
+
+
 def _status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import gpu_static_cuda
 import triton
-from common import read_rows, write_rows
+from common import fill, markdown, read_rows, write_rows
 from compile_ahead import TARGETS, compile_kernel
 from gpu_kernels import LIBRARIES as TRITON_LIBRARIES
 from gpu_kernels import Entry
@@ -146,20 +146,12 @@ def table(rows: list[dict[str, str]], arch: str) -> str:
     return "\n".join(lines)
 
 
-def fill(document: Path, results: Path) -> None:
-    """Put the tables of the CSV files between their marks in a Markdown page."""
+def tables(results: Path) -> dict[str, str]:
+    """The tables of docs/kernels.md, from the CSV files."""
     rows = read_rows(results / "gpu_static.csv")
-    steps = read_rows(results / "gpu_traffic.csv")
-    head = ["step", "ρ = 6 %", "ρ = 25 %", "ρ = 100 %"]
-    bytes_per_logit = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    bytes_per_logit += ["| " + " | ".join(row.values()) + " |" for row in steps]
-    parts = {arch: table(rows, arch) for arch in TARGETS} | {"traffic": "\n".join(bytes_per_logit)}
-    text = document.read_text()
-    for name, part in parts.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        if begin in text:
-            text = text[: text.index(begin) + len(begin)] + f"\n{part}\n" + text[text.index(end) :]
-    document.write_text(text)
+    steps = [row.values() for row in read_rows(results / "gpu_traffic.csv")]
+    traffic_table = markdown(["step", "ρ = 6 %", "ρ = 25 %", "ρ = 100 %"], steps)
+    return {arch: table(rows, arch) for arch in TARGETS} | {"traffic": traffic_table}
 
 
 def main() -> None:
@@ -194,7 +186,7 @@ def main() -> None:
     if "sm_90" in options.arch and "qtuning-kernels" in options.library:
         write_rows(options.output / "gpu_traffic.csv", traffic(rows))
     if options.output == RESULTS and set(options.arch) == set(TARGETS):
-        fill(RESULTS.parent.parent / "docs" / "kernels.md", RESULTS)
+        fill(RESULTS.parent.parent / "docs" / "kernels.md", tables(RESULTS))
     plot(read_rows(options.output / "gpu_static.csv"), options.output / "gpu_static.png")
 
 

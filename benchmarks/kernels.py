@@ -21,8 +21,11 @@ import qtuning_kernels as qk
 from benchmarks import peers
 from benchmarks.common import (
     RESULTS,
+    ROOT,
     environment,
+    fill,
     in_child,
+    markdown,
     interleave,
     peak_above,
     read_rows,
@@ -275,6 +278,26 @@ def plot(clock: str) -> None:
     figure.savefig(RESULTS / f"kernels_{clock}.png", dpi=110)
 
 
+def tables() -> dict[str, str]:
+    """The tables of docs/benchmarks.md: every stored row, and its ratio to the native kernel's of its group."""
+    parts = {}
+    for clock, name in (("wall", "kernels wall"), ("cpu", "kernels cpu"), ("", "kernels memory")):
+        field = "median_ms" if clock else "peak_mib"
+        rows = [row for row in read_rows(RESULTS / "kernels.csv") if row["clock"] == clock]
+        native = {}
+        for row in rows:
+            native.setdefault((row["group"], row["n"], row["v"], row["dtype"]), float(row[field]))
+        lines = []
+        for row in rows:
+            ratio = float(row[field]) / native[row["group"], row["n"], row["v"], row["dtype"]]
+            spread_ = f" ({float(row['q1_ms']):.1f}–{float(row['q3_ms']):.1f})" if clock else ""
+            shape = [row["group"], row["n"], row["v"], row["dtype"]]
+            lines.append([*shape, row["what"], f"{float(row[field]):.1f}{spread_}", f"{ratio:.2f}"])
+        unit = "median ms (quartiles)" if clock else "peak MiB above the inputs"
+        parts[name] = markdown(["group", "N", "V", "dtype", "what", unit, "over the group's first"], lines)
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored")
@@ -312,6 +335,7 @@ def main() -> None:
             write_rows(target, rows)
     if not options.quick:
         plot(options.clock)
+        fill(ROOT / "docs" / "benchmarks.md", tables())
     return None
 
 

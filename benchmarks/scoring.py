@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, environment, interleave, spread, write_rows
+from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, spread, write_rows
 from benchmarks.step_variants import Bench
 from qtuning_kernels import eu_plane, scoring, triage_samples
 from qtuning_kernels.batching import micro_batches, to_sample
@@ -88,8 +88,15 @@ def main() -> None:
     common = environment() | {"data": Path(options.data).name if options.data else "word-problems"}
     rows = agreement(bench, options.count, options.pool) + layouts(bench, options.repeats)
     write_rows(options.output, [common | {"pool": options.pool} | row for row in rows])
-    for row in rows:
-        print(row)
+    lines = [
+        [
+            row["measure"],
+            row.get("value") or f"{row['median_ms']} ms ({row['q1_ms']}–{row['q3_ms']}), {row['tokens']} tokens",
+        ]
+        for row in rows
+    ]
+    fill(ROOT / "docs" / "benchmarks.md", {"scoring": markdown(["measure", "value"], lines)})
+    print(markdown(["measure", "value"], lines))
 
 
 if __name__ == "__main__":

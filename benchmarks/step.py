@@ -24,7 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, environment, peak_above, read_rows, write_rows
+from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak_above, read_rows, write_rows
 
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
@@ -154,6 +154,30 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
+def tables(path: Path) -> dict[str, str]:
+    """The tables of docs/benchmarks.md: the latest row of each group, allocator and variant."""
+    latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in read_rows(path)}
+    parts = {}
+    for group in GROUPS:
+        rows = []
+        for (kind, of, allocator, variant), row in latest.items():
+            if kind != "time" or of != group:
+                continue
+            peak = latest.get(("memory", of, allocator, variant), {}).get("peak_mib", "")
+            versus = [
+                f"{float(row[f'vs_{b}']):.2f}× ({float(row[f'vs_{b}_q1']):.2f}–{float(row[f'vs_{b}_q3']):.2f})"
+                if row.get(f"vs_{b}")
+                else ""
+                for b in ("full_data", "eager_Q-Tuning", "ours_1x1")
+            ]
+            seconds = [f"{float(row[f'{phase}_s']):.2f}" for phase in ("score", "select", "train", "optimizer")]
+            peak = f"{float(peak):.0f}" if peak else ""
+            rows.append([variant, allocator, f"{float(row['median_s']):.2f}", *versus, *seconds, peak])
+        head = ["step", "allocator", "median s", "vs full data", "vs eager Q-Tuning", "vs ours 1×1"]
+        parts[group] = markdown([*head, "score s", "select s", "train s", "optimizer s", "peak MiB"], rows)
+    return parts
+
+
 def main() -> None:
     options = parse()
     if options.child:
@@ -174,6 +198,7 @@ def main() -> None:
             for row in rows:
                 print(group, allocator, row)
     plot(options.output)
+    fill(ROOT / "docs" / "benchmarks.md", tables(options.output))
 
 
 if __name__ == "__main__":
