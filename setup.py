@@ -20,9 +20,7 @@ WANTED = {name: os.environ.get(f"QTUNING_{name.upper()}", "") for name in RECORD
 # Ampere, Ada, Hopper, Blackwell, and PTX for what comes after
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # toolkits that do not know Blackwell
-SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if os.environ.get("QTUNING_SANITIZE") else []
-)
+SANITIZE = ["-fsanitize=address,undefined", "-O1"] if os.environ.get("QTUNING_SANITIZE") else []
 
 
 def why_not(name: str) -> str | None:
@@ -33,7 +31,7 @@ def why_not(name: str) -> str | None:
         import torch.utils.cpp_extension
     except ImportError:
         return "PyTorch was not there at build time (install with --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler at build time ({compiler!r} not found)"
     if name == "cuda":
@@ -63,19 +61,11 @@ def native_extension():
     # -fopenmp at compile time only: the symbols come from the OpenMP runtime that PyTorch has loaded, since
     # a second one would ignore torch.set_num_threads. No trapping or errno: loops with selects vectorise.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    compile_args = [
-        "-O3",
-        *openmp,
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-g0",
-        *SANITIZE,
-    ]
+    vectorise = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     return CppExtension(
         "qtuning_kernels._C",
         sorted(str(path) for folder in ("csrc/cpu", "csrc/ops") for path in Path(folder).rglob("*.cpp")),
-        extra_compile_args=compile_args,
+        extra_compile_args=["-O3", "-g0", *openmp, *vectorise, *SANITIZE],
         extra_link_args=SANITIZE,
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc"}),
     )

@@ -20,7 +20,8 @@ class Entry:
     fn: Any
     arguments: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    elements: int | None = None  # per thread and straight-line run, for kernels without a loop over the logits
+    tile: int | None = None  # logits of a block, for kernels without a loop over them
+    passes: int = 1  # loops over the logits
     matrix: bool = False
     compiled: Kernel | None = None  # by another compiler than Triton
 
@@ -107,7 +108,7 @@ def ours(arch: str, divisible: bool) -> Iterator[Entry]:
             "HAS_COUNT": storing,
             **constants,
         }
-        limit = {**options, "maxnreg": 168} if storing and options.get("maxnreg") == 128 else options
+        limit = {k: v for k, v in options.items() if not (storing and k == "maxnreg")}
         yield Entry("qtuning-kernels", name, linear.linear_token_stats_kernel, arguments, limit, matrix=True)
     combine = {"partial_ptr": stat, "x_label_ptr": stat, "labels_ptr": labels, **stats, "N": "i32:16", "V": size}
     combine |= {"splits": "i32", "ignore_index": "i32", "UNIT": scale["UNIT"], "SPLITS": 32, "BLOCK": 32}
@@ -229,6 +230,7 @@ def liger(arch: str, divisible: bool) -> Iterator[Entry]:
         module.liger_cross_entropy_kernel,
         arguments,
         {"num_warps": warps},
+        passes=2,
     )
 
 
@@ -279,7 +281,7 @@ def flash_linear_attention(arch: str, divisible: bool) -> Iterator[Entry]:
     backward = {**row, "dloss": stat, "dlogits": "*bf16:16", "s_dloss": 1, "s_dlogits": row["s_logits"], "BV": 4096}
     name = "cross-entropy backward"
     yield Entry(
-        "flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, 4096 // 256
+        "flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, tile=4096
     )
 
 

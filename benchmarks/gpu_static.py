@@ -30,7 +30,10 @@ READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
 def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
     """One CSV row: what the compiled kernel holds, per element of the logits where it loops over them."""
     kernel = entry.compiled or compile_kernel(entry.fn, arch, entry.arguments, **entry.options)
-    loop = kernel.main_loop() if entry.elements is None else kernel.code
+    # the loops over the logits are those with most exponentials
+    loops = sorted((x for x in kernel.loops if x.load_bytes), key=lambda x: -x.exponentials)[: entry.passes]
+    loops = [kernel.code] if entry.tile else [kernel.main_loop()] if entry.passes == 1 else loops
+    loop = loops[0] if loops else None
     row = {
         "library": entry.library,
         "kernel": entry.name,
@@ -49,20 +52,21 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
     row |= {
         "load_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.load_widths.items())),
         "store_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.store_widths.items())),
-        "barriers_in_loop": loop.barriers if entry.elements is None else "",
+        "barriers_in_loop": "" if entry.tile else sum(x.barriers for x in loops),
         "matrix_instructions_in_loop": loop.matrix,
     }
-    elements = entry.elements or loop.load_bytes // 2
-    if not entry.matrix and loop.exponentials and elements:
-        instructions = len(loop.instructions) / elements
+    if not entry.matrix and loop.exponentials:
+        counts = [entry.tile / kernel.threads if entry.tile else x.load_bytes / 2 for x in loops]
+        per_element = list(zip(loops, counts, strict=True))
+        instructions = sum(len(x.instructions) / n for x, n in per_element)
+        moved = sum((x.load_bytes + x.store_bytes) / n for x, n in per_element)
         row |= {
             "instructions_per_element": f"{instructions:.2f}",
-            "exponentials_per_element": f"{loop.exponentials / elements:.4f}",
-            "bytes_per_element": f"{(loop.load_bytes + loop.store_bytes) / elements:.2f}",
+            "exponentials_per_element": f"{sum(x.exponentials / n for x, n in per_element):.4f}",
+            "bytes_per_element": f"{moved:.2f}",
         }
         if arch in READ_CLOCKS:
-            clocks = READ_CLOCKS[arch] * (loop.load_bytes + loop.store_bytes) / elements / 2
-            row["memory_clocks_per_instruction_clock"] = f"{clocks / instructions:.2f}"
+            row["memory_clocks_per_instruction"] = f"{READ_CLOCKS[arch] * moved / 2 / instructions:.2f}"
     return row
 
 
@@ -90,8 +94,7 @@ def traffic(rows: list[dict[str, object]], arch: str = "sm_90") -> list[dict[str
         "qtuning-kernels, rows compacted": lambda rho: forward + rho * backward,
     }
     if any(row["library"] == "liger-kernel" for row in rows):
-        # the loop with most exponentials is its second pass, which reads and writes; the first one only reads
-        peer = counted("liger-kernel", "cross-entropy with gradient") + 2
+        peer = counted("liger-kernel", "cross-entropy with gradient")
         steps["liger-kernel (no entropy; gradient of every row)"] = lambda rho: peer
     return [
         {"step": name, **{f"bytes_per_logit_at_{100 * rho:g}_percent": f"{step(rho):.2f}" for rho in (0.06, 0.25, 1.0)}}
@@ -119,6 +122,44 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def table(rows: list[dict[str, str]], arch: str) -> str:
+    """The rows of one architecture as Markdown."""
+    columns = {
+        "library": "library",
+        "kernel": "kernel",
+        "vocabulary": "vocabulary",
+        "registers": "registers",
+        "spill_bytes": "spills (B)",
+        "blocks_per_multiprocessor": "blocks per SM",
+        "load_bits": "loads",
+        "instructions_per_element": "instr./logit",
+        "exponentials_per_element": "exp/logit",
+        "bytes_per_element": "bytes/logit",
+        "memory_clocks_per_instruction": "memory time / issue time",
+    }
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        if row["arch"] == arch:
+            lines.append("| " + " | ".join(row.get(name, "") or "–" for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def fill(document: Path, results: Path) -> None:
+    """Put the tables of the CSV files between their marks in a Markdown page."""
+    rows = read_rows(results / "gpu_static.csv")
+    steps = read_rows(results / "gpu_traffic.csv")
+    head = ["step", "ρ = 6 %", "ρ = 25 %", "ρ = 100 %"]
+    bytes_per_logit = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    bytes_per_logit += ["| " + " | ".join(row.values()) + " |" for row in steps]
+    parts = {arch: table(rows, arch) for arch in TARGETS} | {"traffic": "\n".join(bytes_per_logit)}
+    text = document.read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        if begin in text:
+            text = text[: text.index(begin) + len(begin)] + f"\n{part}\n" + text[text.index(end) :]
+    document.write_text(text)
 
 
 def main() -> None:
@@ -152,6 +193,8 @@ def main() -> None:
                 write_rows(options.output / "gpu_static.csv", rows)
     if "sm_90" in options.arch and "qtuning-kernels" in options.library:
         write_rows(options.output / "gpu_traffic.csv", traffic(rows))
+    if options.output == RESULTS and set(options.arch) == set(TARGETS):
+        fill(RESULTS.parent.parent / "docs" / "kernels.md", RESULTS)
     plot(read_rows(options.output / "gpu_static.csv"), options.output / "gpu_static.png")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels            all groups, a quarter of an hour on two cores
     python -m benchmarks.kernels --quick    small shapes, under a minute: does everything still run
-    python -m benchmarks.kernels --plot     draws results/kernels.png from results/kernels.csv
+    python -m benchmarks.kernels --plot     draws results/kernels_wall.png from results/kernels.csv
 
 Bytes from logits: forward reads N·V elements, in-place backward reads and writes ρ·N·V and writes zeros to
 the rest. Flops from hidden states: 2·N·H·V to score, 6·ρ·N·H·V to train (4·ρ·N·H·V with a frozen head).
@@ -161,9 +161,7 @@ def memory_case(kind: str, name: str, shape: Shape) -> Callable:
     return _train(LOSSES[name](), hidden.requires_grad_(), weight.requires_grad_(), labels)
 
 
-def time_group(
-    group: str, shape: Shape, repeats: int, clock: str, **options: object
-) -> list[dict[str, object]]:
+def time_group(group: str, shape: Shape, repeats: int, clock: str, **options: object) -> list[dict[str, object]]:
     torch.manual_seed(0)
     seconds = interleave(GROUPS[group](shape, **options), repeats, CLOCKS[clock])
     fields = {"n": shape.n, "h": shape.h, "v": shape.v, "dtype": shape.dtype}
@@ -187,7 +185,7 @@ def measure_memory(kind: str, name: str, shape: Shape) -> dict[str, object]:
         f"{kind:17}{shape.dtype:9} n={shape.n} v={shape.v} {name:24}{peak:10.1f} MiB above its inputs",
         flush=True,
     )
-    return {"group": f"{kind}_memory", "what": name, **fields, "peak_mib": f"{peak:.1f}"}
+    return {"group": f"{kind}_memory", "what": name, **fields, "clock": "", "peak_mib": f"{peak:.1f}"}
 
 
 def peak_in_this_process(kind: str, name: str, shape: Shape) -> float:
@@ -223,13 +221,22 @@ def memory_plan(quick: bool) -> list[tuple[str, str, Shape]]:
     return plans + [("linear_loss", name, shape) for shape in both for name in LOSSES]
 
 
-def plot() -> None:
+def replaced(row: dict[str, str], only: set[str], clock: str) -> bool:
+    """Whether this run measures again what the row holds."""
+    if row["group"].endswith("_memory"):
+        return "memory" in only
+    return row["group"] in only and row["clock"] == clock
+
+
+def plot(clock: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read_rows(RESULTS / "kernels.csv") if row["n"] == "2048" and row["v"] == "49152"]
+    tokens = "512" if clock == "cpu" else "2048"
+    rows = [row for row in read_rows(RESULTS / "kernels.csv") if row["v"] == "49152"]
+    rows = [row for row in rows if (row["clock"], row["n"]) in ((clock, tokens), ("", "2048"))]
     panels = ["forward", "forward_backward", "backward", "linear_stats", "linear_loss", "linear_loss_memory"]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))
     for axis, group in zip(axes.flat, panels, strict=True):
@@ -250,6 +257,8 @@ def plot() -> None:
                 ]
             places = [index + 0.4 * offset for index in range(len(names))]
             axis.barh(places, heights, 0.38, xerr=errors, label=dtype)
+        if not mine:
+            continue
         axis.set_yticks([index + 0.2 for index in range(len(names))], names)
         axis.invert_yaxis()
         axis.set_xscale("log")
@@ -257,26 +266,23 @@ def plot() -> None:
         axis.set_title(group)
     axes.flat[0].legend()
     machine = rows[0]["machine"] if rows else ""
-    figure.suptitle(f"N = 2048, H = 576, V = 49152; {machine}")
+    figure.suptitle(f"N = {tokens} (memory: 2048), H = 576, V = 49152, {clock} time; {machine}")
     figure.tight_layout()
-    figure.savefig(RESULTS / "kernels.png", dpi=110)
+    figure.savefig(RESULTS / f"kernels_{clock}.png", dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes; nothing is stored")
-    parser.add_argument(
-        "--only", nargs="+", choices=[*GROUPS, "memory"], help="these groups; others keep their rows"
-    )
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "memory"], help="these groups; others keep their rows")
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: one thread, a quarter of the rows")
     parser.add_argument("--plot", action="store_true", help="only draw")
-    parser.add_argument(
-        "--peak", nargs=6, metavar=("KIND", "NAME", "N", "H", "V", "DTYPE"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--peak", nargs=6, metavar=("KIND", "NAME", "N", "H", "V", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plot:
-        return plot()
+        return plot(options.clock)
     if options.peak:
         kind, name, n, h, v, dtype = options.peak
         print(peak_in_this_process(kind, name, Shape(int(n), int(h), int(v), dtype)))
@@ -286,19 +292,14 @@ def main() -> None:
     only = set(options.only or [*GROUPS, "memory"])
     target = RESULTS / "kernels.csv"
     rows = []
-    if not options.quick and options.only and target.exists():
-        rows = [
-            row
-            for row in read_rows(target)
-            if row["group"].removesuffix("_memory") not in only
-            and not ("memory" in only and row["group"].endswith("_memory"))
-        ]
+    if not options.quick and target.exists():
+        rows = [row for row in read_rows(target) if not replaced(row, only, options.clock)]
     repeats = 2 if options.quick else options.repeats
-    jobs = [
-        lambda p=p: time_group(p[0], p[1], repeats, **p[2])
-        for p in plan(options.quick, not options.no_sweeps and not options.quick)
-        if p[0] in only
-    ]
+    plans = plan(options.quick, not options.no_sweeps and not options.quick)
+    if options.clock == "cpu":  # time that other processes take does not count, but threads that wait do
+        torch.set_num_threads(1)
+        plans = [(group, replace(shape, n=max(1, shape.n // 4)), more) for group, shape, more in plans]
+    jobs = [lambda p=p: time_group(p[0], p[1], repeats, options.clock, **p[2]) for p in plans if p[0] in only]
     if "memory" in only:
         jobs += [lambda p=p: [measure_memory(*p)] for p in memory_plan(options.quick)]
     for job in jobs:
@@ -306,7 +307,7 @@ def main() -> None:
         if not options.quick:
             write_rows(target, rows)
     if not options.quick:
-        plot()
+        plot(options.clock)
     return None
 
 

@@ -6,9 +6,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64)
 
 
-def check_vector(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
-) -> None:
+def check_vector(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
     """Raise unless `tensor` is a vector of an accepted dtype, on the device of `like`.
 
     Raises:
@@ -45,15 +43,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != tokens.shape[0]:
         raise ValueError(
-            f"cu_seqlens runs from {first} to {last}; "
-            f"accepted: from 0 to the number of tokens, {tokens.shape[0]}"
+            f"cu_seqlens runs from {first} to {last}; accepted: from 0 to the number of tokens, {tokens.shape[0]}"
         )
     if bool((cu_seqlens.diff() < 0).any()):
         at = int((cu_seqlens.diff() < 0).int().argmax())
         pair = cu_seqlens[at : at + 2].tolist()
-        raise ValueError(
-            f"cu_seqlens falls from {pair[0]} to {pair[1]} at entry {at + 1}; accepted: non-decreasing"
-        )
+        raise ValueError(f"cu_seqlens falls from {pair[0]} to {pair[1]} at entry {at + 1}; accepted: non-decreasing")
 
 
 def _check_number(name: str, value: float) -> None:

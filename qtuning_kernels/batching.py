@@ -83,8 +83,7 @@ def to_sample(input_ids: Iterable[int], labels: Iterable[int], sample_id: int | 
     aligned = torch.as_tensor(labels, dtype=torch.int64)
     if tokens.dim() != 1 or tokens.shape != aligned.shape:
         raise ValueError(
-            f"input_ids and labels must be lists of equal length, got {list(tokens.shape)} and "
-            f"{list(aligned.shape)}"
+            f"input_ids and labels must be lists of equal length, got {list(tokens.shape)} and {list(aligned.shape)}"
         )
     targets = (aligned[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
     identity = content_id(tokens.tolist()) if sample_id is None else int(sample_id)
@@ -103,9 +102,7 @@ def unpad(batch: Mapping[str, Any]) -> list[Sample]:
     """
     for name in ("input_ids", "labels"):
         if name not in batch:
-            raise ValueError(
-                f"the batch has no {name!r}, only {sorted(batch)}: pass tokenised samples with labels"
-            )
+            raise ValueError(f"the batch has no {name!r}, only {sorted(batch)}: pass tokenised samples with labels")
     input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = batch.get("attention_mask")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
@@ -119,9 +116,7 @@ def unpad(batch: Mapping[str, Any]) -> list[Sample]:
     samples = []
     for row, (tokens, row_labels, real) in enumerate(zip(input_ids, labels, mask, strict=True)):
         if (real[1:] & ~real[:-1]).sum() + real[:1].sum() > 1:
-            raise ValueError(
-                f"attention_mask of row {row} has a hole; accepted: padding on the left or right"
-            )
+            raise ValueError(f"attention_mask of row {row} has a hole; accepted: padding on the left or right")
         samples.append(to_sample(tokens[real], row_labels[real], ids[row]))
     return samples
 
@@ -186,9 +181,7 @@ def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "p
     return [build([short[i] for i in group], [starts[i] for i in group]) for group in groups]
 
 
-def _flat(
-    samples: list[Sample], row_starts: list[int], slot_starts: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(samples: list[Sample], row_starts: list[int], slot_starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.cat([s.targets - 1 + start for s, start in zip(samples, row_starts, strict=True)])
     slots = torch.cat(
         [torch.arange(start, start + len(s.targets)) for s, start in zip(samples, slot_starts, strict=True)]

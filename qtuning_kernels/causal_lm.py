@@ -138,12 +138,11 @@ def backbone(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor | None 
 def _scaling(config: Any) -> tuple[float, float | None]:
     """(logit_scale, softcap) under the names that the library's configurations use."""
     scale = 1.0
-    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        scale *= factor
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        scale /= divisor
-    if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon H1
-        scale *= factor
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon H1
+        if (factor := getattr(config, name, None)) is not None:
+            scale *= factor
+    if (factor := getattr(config, "logits_scaling", None)) is not None:
+        scale = scale * factor if config.model_type == "hyperclovax" else scale / factor  # Granite divides
     return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
 

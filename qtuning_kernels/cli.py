@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `argv`; what the command line leaves out is taken from the ``--config`` file.
+    """Parse `argv`; what the command line leaves out is taken from the ``--config`` file, or from the options
+    of the run that is resumed.
 
     Raises:
         UsageError: the file cannot be read, or holds a name or value that the command does not have.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if getattr(arguments, "config", None) is None:
+    config = _config_file(arguments)
+    if config is None:
         return arguments
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     subparser = subparsers.choices[arguments.command]
-    subparser.set_defaults(**_config_values(arguments.config, subparser))
+    subparser.set_defaults(**_config_values(config, subparser))
     return parser.parse_args(argv)
+
+
+def _config_file(arguments: argparse.Namespace) -> Path | None:
+    given, output = getattr(arguments, "config", None), getattr(arguments, "output", None)
+    if given is None and output is not None and getattr(arguments, "resume", False):
+        written = output / train.OPTIONS_FILE
+        return written if written.is_file() else None
+    return given
 
 
 def _config_values(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -95,6 +106,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """One line of a warning that is meant for users; libraries' deprecations are not."""
+    if issubclass(category, UserWarning):
+        print(f"qtuning: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -105,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = parse(argv)
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("qtuning: interrupted", file=sys.stderr)

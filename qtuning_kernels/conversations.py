@@ -54,9 +54,7 @@ class Shape:
     to_messages: Callable[[dict[str, Any]], list[Message]]
 
 
-def detect_shape(
-    columns: list[str], *, prompt_field: str | None = None, completion_field: str | None = None
-) -> Shape:
+def detect_shape(columns: list[str], *, prompt_field: str | None = None, completion_field: str | None = None) -> Shape:
     """Choose the shape that fits `columns`; named fields win over every shape.
 
     Raises:
@@ -81,9 +79,7 @@ def detect_shape(
     if "conversations" in have:
         return Shape("sharegpt", ("system", "conversations"), "\n", _from_sharegpt)
     if {"prompt", "completion"} <= have:
-        return Shape(
-            "prompt-completion", ("prompt", "completion"), "", lambda row: _pair(row, "prompt", "completion")
-        )
+        return Shape("prompt-completion", ("prompt", "completion"), "", lambda row: _pair(row, "prompt", "completion"))
     if {"instruction", "output"} <= have:
         return Shape("alpaca", ("system", "instruction", "input", "output"), "\n", _from_alpaca)
     raise DataError(
@@ -144,9 +140,7 @@ def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
     for number, turn in enumerate(turns, 1):
         role = _SHAREGPT_ROLES.get(turn.get("from"))
         if role is None:
-            raise DataError(
-                f"turn {number} is from {turn.get('from')!r}; accepted: {', '.join(_SHAREGPT_ROLES)}"
-            )
+            raise DataError(f"turn {number} is from {turn.get('from')!r}; accepted: {', '.join(_SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise DataError(f"turn {number}: 'value' must be text, not {type(turn.get('value')).__name__}")
         messages.append({"role": role, "content": turn["value"]})
@@ -168,13 +162,9 @@ def _messages_of(row: dict[str, Any], column: str) -> list[Message]:
         # Parquet fills absent keys with None, which templates would print
         turn = {key: value for key, value in turn.items() if value is not None}
         if turn.get("role") not in _MESSAGE_ROLES:
-            raise DataError(
-                f"message {number} has role {turn.get('role')!r}; accepted: {', '.join(_MESSAGE_ROLES)}"
-            )
+            raise DataError(f"message {number} has role {turn.get('role')!r}; accepted: {', '.join(_MESSAGE_ROLES)}")
         content = turn.get("content")
-        if isinstance(content, list) and all(
-            isinstance(p, dict) and p.get("type") == "text" for p in content
-        ):
+        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
             turn["content"] = content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
             raise DataError(f"message {number}: 'content' must be text, not {type(content).__name__}")

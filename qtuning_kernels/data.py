@@ -107,9 +107,7 @@ def tokenize_records(
     if cutoff < 2:
         raise ValueError(f"cutoff={cutoff!r} must be at least 2: an answer token and one to predict it from")
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} has no character offsets; a fast one is needed"
-        )
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no character offsets; a fast one is needed")
     shape = detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
     columns = tuple(c for c in shape.columns if c in records.columns)
     report = DataReport(
@@ -126,9 +124,7 @@ def tokenize_records(
     while batch := list(islice(rendered, _BATCH)):
         tables.append(_tokenize(batch, tokenizer, renderer.add_special_tokens, records, cutoff, report))
     if report.read == report.skipped:
-        raise DataError(
-            f"{records.source}: no record has an answer token; {'; '.join(report.skipped_examples)}"
-        )
+        raise DataError(f"{records.source}: no record has an answer token; {'; '.join(report.skipped_examples)}")
     return Dataset(pa.concat_tables(tables)), report
 
 
@@ -158,9 +154,7 @@ def _render_all(
         except DataError as error:
             raise DataError(f"{records.place(index)}: {error}") from None
         except TemplateError as error:
-            raise DataError(
-                f"{records.place(index)}: the model's chat template refuses it: {error}"
-            ) from None
+            raise DataError(f"{records.place(index)}: the model's chat template refuses it: {error}") from None
         else:
             yield index, text, spans
 
@@ -202,9 +196,7 @@ class _TemplateRenderer:
         self.special = tuple(sorted(added, key=len, reverse=True))
 
     def _template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
         text = self._template(messages)

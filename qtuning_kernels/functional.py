@@ -63,19 +63,15 @@ def token_stats(
         raise ValueError(f"logits must be [.., V] with V >= 1, got shape {list(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
-            f"logits must have a dense last dimension, got strides {list(logits.stride())}; "
-            "pass logits.contiguous()"
+            f"logits must have a dense last dimension, got strides {list(logits.stride())}; pass logits.contiguous()"
         )
     if inplace_backward and any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError(
-            "inplace_backward=True needs logits without expanded dimensions, got strides "
-            f"{list(logits.stride())}"
+            f"inplace_backward=True needs logits without expanded dimensions, got strides {list(logits.stride())}"
         )
     _check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index, logits.device, "logits")
     _check_scaling(logit_scale, softcap)
-    return TokenStats(
-        *_TokenStats.apply(logits, labels, ignore_index, float(logit_scale), softcap, inplace_backward)
-    )
+    return TokenStats(*_TokenStats.apply(logits, labels, ignore_index, float(logit_scale), softcap, inplace_backward))
 
 
 def linear_token_stats(
@@ -196,9 +192,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, logits, labels, ignore_index, logit_scale, softcap, inplace_backward):
         rows = _rows(logits)
         row_labels = _as_rows(labels, rows.shape[:-1])
-        nll, entropy, row_max, log_sum = _ops.token_stats(
-            rows, row_labels, ignore_index, logit_scale, softcap
-        )
+        nll, entropy, row_max, log_sum = _ops.token_stats(rows, row_labels, ignore_index, logit_scale, softcap)
         ctx.save_for_backward(logits, row_labels, entropy, row_max, log_sum)
         ctx.scaling = (ignore_index, logit_scale, softcap)
         ctx.inplace_backward = inplace_backward
@@ -299,8 +293,7 @@ def _check_labels(labels, shape, size, ignore_index, device, owner) -> None:
     _check_tensor("labels", labels, (torch.int64, torch.int32))
     if labels.shape != shape:
         raise ValueError(
-            f"labels must have the shape of {owner} without its last dimension, {list(shape)}, "
-            f"got {list(labels.shape)}"
+            f"labels must have the shape of {owner} without its last dimension, {list(shape)}, got {list(labels.shape)}"
         )
     if labels.device != device:
         raise ValueError(f"labels must be on the device of {owner}, {device}, got {labels.device}")

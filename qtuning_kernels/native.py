@@ -15,13 +15,9 @@ def _load() -> None:
     record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"built": False, "reason": None}
     if not record["built"]:
         reason = record["reason"] or "it was never compiled"
-        raise BackendUnavailableError(
-            f"the extension qtuning_kernels._C was left out: {reason}; install {_HOW}"
-        )
+        raise BackendUnavailableError(f"the extension qtuning_kernels._C was left out: {reason}; install {_HOW}")
     # PyTorch's C++ interface changes between minor versions, and an extension for another one crashes
-    built_for, running = (
-        version.split("+")[0].rsplit(".", 1)[0] for version in (record["torch"], torch.__version__)
-    )
+    built_for, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (record["torch"], torch.__version__))
     if built_for != running:
         raise BackendUnavailableError(
             f"the extension qtuning_kernels._C was compiled for PyTorch {record['torch']}, "

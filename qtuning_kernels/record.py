@@ -2,7 +2,8 @@
 
 A record is a folder, ``<output_dir>/record/``, of
 
-- ``run.json``: ``record_version``, ``created``, ``command``, ``configuration``, ``versions``, ``resumed``;
+- ``run.json``: ``record_version``, ``created``, ``command``, ``configuration``, ``versions``, ``resumed``,
+  ``total_steps``;
 - ``samples.jsonl``: one row per sample and optimiser step (`SAMPLE_COLUMNS`);
 - ``steps.jsonl``: one row per optimiser step (`STEP_COLUMNS`);
 - ``tokens.jsonl``: one row per chosen sample and step (`TOKEN_COLUMNS`);
@@ -166,9 +167,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         if exists and resume_step is not None:
             self.run = read_run(self.folder)
-            self.run.setdefault("resumed", []).append(
-                {"step": resume_step, "created": _now(), "command": _command()}
-            )
+            self.run.setdefault("resumed", []).append({"step": resume_step, "created": _now(), "command": _command()})
             self._truncate(resume_step)
         else:
             self.run = {
@@ -179,10 +178,9 @@ class RunRecord:
                 "versions": _versions(),
                 "resumed": [],
             }
+        self.run["total_steps"] = total_steps
         self._write_run()
-        self._files: dict[str, TextIO] = {
-            name: (self.folder / name).open("a", encoding="utf-8") for name in TABLES
-        }
+        self._files: dict[str, TextIO] = {name: (self.folder / name).open("a", encoding="utf-8") for name in TABLES}
 
     def _set_aside(self) -> None:
         number = 1
@@ -225,10 +223,9 @@ class RunRecord:
         ``token_samples`` rows evenly over ``total_steps`` (one per step where that is unknown).
         """
         limit = self._token_samples
+        quota = 1
         if self._total_steps:  # so many of the rows are due by the end of this step, less those due before
             quota = limit * step // self._total_steps - limit * (step - 1) // self._total_steps
-        else:
-            quota = 1
         kept = [position for position, kept in enumerate(keep) if kept]
         quota = max(0, min(quota, len(kept), limit - self._token_rows))
         return sorted(random.Random(f"{self._seed}:{step}").sample(kept, quota))

@@ -131,7 +131,15 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{path} has record_version {version}; this version of qtuning-kernels reads up to "
             f"{RECORD_VERSION}. Update the package to read it."
         )
-    return {"created": None, "command": None, "configuration": {}, "versions": {}, "resumed": [], **run}
+    return {
+        "created": None,
+        "command": None,
+        "configuration": {},
+        "versions": {},
+        "resumed": [],
+        "total_steps": None,
+        **run,
+    }
 
 
 def read_record(run: str | Path) -> Record:
@@ -163,12 +171,12 @@ def read_record(run: str | Path) -> Record:
     tables["texts.jsonl"] = _table(list(read_lines(folder / "texts.jsonl")), TEXT_COLUMNS)
     if not len(tables["steps.jsonl"]):
         notices.append("The run ended before its first optimiser step was recorded.")
+    elif (head["total_steps"] or 0) > last:
+        notices.append(f"{last} of {head['total_steps']} steps are recorded: the run is under way, or it ended early.")
     return Record(folder, head, *(tables[name] for name in (*TABLES, "texts.jsonl")), notices)
 
 
-_NOT_NUMBERS = frozenset(
-    {"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated"}
-)
+_NOT_NUMBERS = frozenset({"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated"})
 _INFINITY = {"Infinity": float("inf"), "-Infinity": float("-inf")}
 
 

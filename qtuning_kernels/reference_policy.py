@@ -55,9 +55,7 @@ def min_max(x: Tensor, eligible: Tensor) -> Tensor:
     return torch.where(eligible & (span > 0), (x - lowest) / span, 0.0)
 
 
-def triage_rank(
-    ppl: Tensor, entropy: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def triage_rank(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Stage 1 as a ranking: the closed form of the bisection (eq. 6; Alg. 1, lines 5–21).
 
     A sample is eligible if both of its coordinates are finite (decision d). ``n`` is the number of eligible

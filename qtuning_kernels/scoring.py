@@ -67,9 +67,7 @@ class Scorer:
         self.tokens_scored = 0  # positions that the forwards read, padding included
         self._copy: tuple[nn.Module, nn.Module] | None = None
 
-    def score(
-        self, samples: Sequence[Sample], device: torch.device | str, autocast: Any = nullcontext
-    ) -> Scores:
+    def score(self, samples: Sequence[Sample], device: torch.device | str, autocast: Any = nullcontext) -> Scores:
         """Scores of all trainable tokens, in the order of `samples`, on `device`.
 
         Args:
@@ -157,8 +155,7 @@ def score_samples(
     """
     parts = CausalLM(model)
     ready = [
-        s if isinstance(s, Sample) else to_sample(s["input_ids"], s["labels"], s.get("sample_id"))
-        for s in samples
+        s if isinstance(s, Sample) else to_sample(s["input_ids"], s["labels"], s.get("sample_id")) for s in samples
     ]
     scorer = Scorer(model, parts, score_dtype=score_dtype, batch_tokens=score_batch_tokens)
     return scorer.score(ready, next(parts.base.parameters()).device)

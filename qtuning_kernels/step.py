@@ -115,9 +115,7 @@ class QTuningStep:
         self.cache = ScoreCache(config.rescore_every)
         # scores need no gradient synchronisation, and a wrapper's forward may wait for the other processes
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.scorer = Scorer(
-            inner, parts, score_dtype=config.score_dtype, batch_tokens=config.score_batch_tokens
-        )
+        self.scorer = Scorer(inner, parts, score_dtype=config.score_dtype, batch_tokens=config.score_batch_tokens)
         self.flops = Flops(parts)
 
     @property

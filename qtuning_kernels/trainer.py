@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -93,15 +94,20 @@ class QTuningTrainer(Trainer):
                 f"per_device_train_batch_size={self.args.per_device_train_batch_size} is the selection pool, "
                 "and of a pool of one nothing can be pruned; accepted: 2 or more (the paper uses 8)"
             )
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "DeepSpeed counts one backward per batch, and this step makes as many as its kept samples "
-                "need; accepted: one process, DDP or FSDP2"
+                "DeepSpeed and FSDP expect the same number of forwards and backwards of every process, and this step "
+                "makes as many as the kept samples of a process need; accepted: one process, or DDP"
             )
+        for name, value, instead in (
+            ("torch_compile", self.args.torch_compile, "compile the backbone: model.get_decoder().compile()"),
+            ("label_smoothing_factor", self.args.label_smoothing_factor, "leave it 0"),
+            ("compute_loss_func", self.compute_loss_func, "leave it out, the loss is nll of the kept tokens"),
+        ):
+            if value:
+                raise ValueError(f"{name}={value!r} has no place in this trainer's step; {instead}")
         if self.args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate"
-            )
+            raise ValueError("nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate")
         half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if half:
             warnings.warn(
@@ -120,7 +126,8 @@ class QTuningTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        loader.device = None  # pools stay on the host, where they are taken apart
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None  # pools stay on the host, where they are taken apart
         return loader
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -173,13 +180,9 @@ class QTuningTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         with inputs.clock.phase("train"):
-            loss = self._step.train(
-                inputs, self.accelerator.backward, lambda: self.accelerator.no_sync(model)
-            )
+            loss = self._step.train(inputs, self.accelerator.backward, lambda: self.accelerator.no_sync(model))
         if inputs.num_kept:
-            inputs.totals.loss_first = inputs.totals.loss_last = (
-                sum(gather(loss.item())) / self.args.world_size
-            )
+            inputs.totals.loss_first = inputs.totals.loss_last = sum(gather(loss.item())) / self.args.world_size
         return loss
 
     def compute_loss(
@@ -193,9 +196,7 @@ class QTuningTrainer(Trainer):
         if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
             return super().compute_loss(model, inputs, return_outputs)
-        step = self._step or QTuningStep(
-            model, self.parts, self.qtuning, self.args.device, self.accelerator.autocast
-        )
+        step = self._step or QTuningStep(model, self.parts, self.qtuning, self.args.device, self.accelerator.autocast)
         loss = step.loss(unpad(inputs))
         return (loss, {}) if return_outputs else loss
 
@@ -257,8 +258,7 @@ class QTuningTrainer(Trainer):
             step = self.state.global_step
             chosen = self._record.choose_token_samples(step, [row["keep"] for row in sample_rows(plan)])
             self._record.write_step(
-                {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()}
-                | step_row(plan),
+                {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()} | step_row(plan),
                 rows,
                 token_rows(plan, chosen, self.processing_class, self.qtuning),
             )

@@ -54,9 +54,7 @@ def step_row(plan: StepPlan) -> dict[str, Any]:
     }
 
 
-def token_rows(
-    plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig
-) -> list[dict[str, Any]]:
+def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig) -> list[dict[str, Any]]:
     """The tokens of the samples at the positions `chosen`: text, nll, neighbour score and fate of each."""
     if tokenizer is None or not plan.selections:
         return []

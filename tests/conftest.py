@@ -19,8 +19,22 @@ def pytest_addoption(parser):
     parser.addoption("--backend", action="append", choices=BACKENDS, help="only these backends (repeatable)")
 
 
+# a quarter of a minute and more in Triton's interpreter, which pays a millisecond per operation of a program
+INTERPRETED_SLOWLY = ("test_gradcheck", "test_many_chunks", "test_head_gradient_accumulates_in_float32")
+
+
+def _slow_when_interpreted(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton":
+        return False
+    large = 50257 in parameters.get("shape", ()) and parameters.get("dtype") != torch.bfloat16
+    return large or item.originalname in INTERPRETED_SLOWLY
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if _slow_when_interpreted(item):
+            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "slow" in item.keywords and not config.getoption("--slow"):
@@ -54,7 +68,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"backend {name}: {reason}")
     if name == "triton" and not device and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("backend triton on CPU tensors needs TRITON_INTERPRET=1")
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if name == "triton" and not device:
         quicken()
     monkeypatch.setenv("QTUNING_BACKEND", name)
     with torch.device("cuda") if device else contextlib.nullcontext():

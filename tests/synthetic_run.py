@@ -34,9 +34,7 @@ def synthetic_pool(rng, size, progress):
     entropy = rng.gamma(4.0, 0.25, size) * (1 - 0.4 * progress)
     ppl = np.exp(0.6 * entropy + rng.normal(0.4, 0.5, size) * (1 - 0.3 * progress)).clip(1)
     alpha = 0.35
-    low, high = (
-        {n: quantile(v, g) for n, v in (("ppl", ppl), ("entropy", entropy))} for g in (alpha, 1 - alpha)
-    )
+    low, high = ({n: quantile(v, g) for n, v in (("ppl", ppl), ("entropy", entropy))} for g in (alpha, 1 - alpha))
     quadrant = np.select(
         [
             (ppl >= high["ppl"]) & (entropy >= high["entropy"]),

@@ -27,9 +27,7 @@ def test_unpad(side):
     if side == "left":
         widths = batch["attention_mask"].sum(1)
         for name in ("input_ids", "labels", "attention_mask"):
-            rows = [
-                torch.cat([row[n:], row[:n]]) for row, n in zip(batch[name], widths.tolist(), strict=True)
-            ]
+            rows = [torch.cat([row[n:], row[:n]]) for row, n in zip(batch[name], widths.tolist(), strict=True)]
             batch[name] = torch.stack(rows)
     for sample, feature in zip(unpad(batch), features, strict=True):
         assert sample.input_ids.tolist() == feature["input_ids"]

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtuning_kernels import cli, triage_samples
@@ -105,6 +106,18 @@ def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, c
         assert f"8 / {kept}" in table[kind]
 
 
+def test_train_can_end_with_its_report(options, tmp_path, capsys):
+    """The report holds the texts, and the command that was run."""
+    pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--batch-size", "8", "--report"]) == 0
+    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for row in ROWS:
+        assert row["question"] in page
+    assert "recorded no texts" not in page
+
+
 def test_train_with_everything_kept(options, tmp_path):
     everything = ["--sample-ratio", "1", "--token-ratio", "1", "--max-steps", "1"]
     assert cli.main(["train", *options, "--output", str(tmp_path / "run"), *everything]) == 0
@@ -161,7 +174,8 @@ def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_aft
     assert process.wait() == -signal.SIGKILL, process.stdout.read()
     assert not (broken / "final").exists()
 
-    assert cli.main(["train", *arguments, "--output", str(broken), "--resume"]) == 0
+    # with the run's own options
+    assert cli.main(["train", "--output", str(broken), "--resume"]) == 0
     assert cli.main(["train", *arguments, "--output", str(whole)]) == 0
     resumed, uninterrupted = weights(broken / "final"), weights(whole / "final")
     assert resumed.keys() == uninterrupted.keys()
@@ -197,10 +211,26 @@ def test_score_is_the_models_own_loss(options, model, tmp_path):
     prompt = tokenizer(ROWS[5]["question"]).input_ids
     answer = tokenizer(ROWS[5]["answer"]).input_ids + [tokenizer.eos_token_id]
     with torch.no_grad():
-        loss = plain(
-            torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
-        ).loss
+        loss = plain(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
     assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_score_takes_its_data_once(options, data, capsys):
+    assert cli.main(["score", *options, str(data)]) == 1
+    assert "data is given twice" in capsys.readouterr().err
+    without_data = [*options[:2], *options[4:]]
+    assert cli.main(["score", str(data), *without_data]) == 0
+    assert len(pq.read_table("plane.parquet")) == 24
+
+
+def test_warnings_are_one_line_each(monkeypatch, capsys):
+    def warn(_arguments):
+        warnings.warn("two\nlines", stacklevel=2)
+        warnings.warn("a library's own business", FutureWarning, stacklevel=2)
+
+    monkeypatch.setattr("qtuning_kernels.commands.info.run", warn)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "qtuning: warning: two lines\n"
 
 
 def test_info(capsys):
@@ -224,10 +254,10 @@ def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_p
     shutil.copy(data, cache / fetch_module.DATA.name / "train.jsonl")
     monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
     assert cli.main(["train", "--max-steps", "1"]) == 0
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace("\n", "")
     assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
-    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace(
-        "\n", ""
-    )
+    assert cli.main(["score", "--data-split", "validation"]) == 1
+    assert "the embedded data has train, eval" in capsys.readouterr().err
 
 
 def test_config_file(options, tmp_path):
@@ -280,8 +310,14 @@ def with_nan(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "nan")
     tensors = weights(folder)
     tensors["model.norm.weight"][3] = torch.nan
-    from safetensors.torch import save_file
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
+
+def with_a_weight_missing(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "incomplete")
+    tensors = weights(folder)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -317,6 +353,8 @@ BAD_INPUT = {
     "non-UTF-8": ("--data", bad(b'{"question": "\xff"}\n'), "bad.jsonl:1: not UTF-8"),
     "no tokenizer": ("--model", without_tokenizer, "holds no tokenizer"),
     "other tokenizer": ("--model", with_large_tokens, "they do not belong together"),
+    "missing weight": ("--model", with_a_weight_missing, "first 'model.layers.1.mlp.up_proj.weight'"),
+    "split of a file": ("--data-split", value("test"), "is one file, which has no splits"),
     "sample ratio": ("--sample-ratio", value("0"), "sample_ratio is 0.0; accepted: a number in (0, 1]"),
     "token ratio": ("--token-ratio", value("1.5"), "token_ratio is 1.5; accepted: a number in (0, 1]"),
     "pool of one": ("--batch-size", value("1"), "of a pool of one nothing can be pruned"),
@@ -332,8 +370,9 @@ def test_bad_input_ends_in_one_line(option, make, message, options, model, tmp_p
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("qtuning: error: ")
-    assert error.count("\n") == 1
+    lines = [line for line in error.splitlines() if not line.startswith("qtuning: warning: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("qtuning: error: ")
     assert not list(tmp_path.glob("runs/*/final"))
 
 

@@ -48,7 +48,7 @@ def test_every_field_is_documented():
         ("micro_batch_tokens", 0, ValueError, "an integer of at least 1"),
         ("micro_batch_tokens", 1e3, TypeError, "an integer"),
         ("score_batch_tokens", -1, ValueError, "an integer of at least 1"),
-        ("score_dtype", "fp8", ValueError, "'auto', 'float32', 'bfloat16', 'int8', 'model'"),
+        ("score_dtype", "fp8", ValueError, "'auto', 'float32', 'bfloat16', 'model'"),
         ("step", "once", ValueError, "'auto', 'rescore', 'reuse'"),
         ("rescore_every", 0, ValueError, "an integer of at least 1"),
         ("rescore_every", True, TypeError, "an integer"),
@@ -62,9 +62,7 @@ def test_bad_values(field, value, error, accepted):
         qk.QTuningConfig(**{field: value})
 
 
-@pytest.mark.parametrize(
-    "other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str
-)
+@pytest.mark.parametrize("other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str)
 def test_reuse_excludes(other):
     """One forward that scores and trains can neither shorten its sequences nor differ in precision."""
     (name,) = other

@@ -10,9 +10,7 @@ from qtuning_kernels.data import IGNORE_INDEX, load_sft_dataset, tokenize_record
 from qtuning_kernels.records import DataError, Records
 from tests.tiny_tokenizer import SMOLLM2_TEMPLATE, byte_tokenizer
 
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-)
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 USER, ANSWER = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", "4<|im_end|>"
 
 # a template whose generation prompt opens a block that written answers lack, and that trims what it is given
@@ -49,9 +47,7 @@ def chat(*turns):
 SHAPES = {
     "messages": {"messages": chat(("user", "2+2?"), ("assistant", "4"))},
     "messages, parts": {"messages": chat(("user", [{"type": "text", "text": "2+2?"}]), ("assistant", "4"))},
-    "messages, Parquet's None": {
-        "messages": [m | {"name": None} for m in chat(("user", "2+2?"), ("assistant", "4"))]
-    },
+    "messages, Parquet's None": {"messages": [m | {"name": None} for m in chat(("user", "2+2?"), ("assistant", "4"))]},
     "messages, question behind": {"messages": chat(("user", "2+2?"), ("assistant", "4"), ("user", "thanks"))},
     "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
     "sharegpt, roles": {"conversations": chat(("user", "2+2?"), ("assistant", "4"))},
@@ -80,8 +76,7 @@ def test_columns_and_types():
     assert dataset.features["sample_id"].dtype == "int64"
     for sample in dataset:
         assert all(
-            label in (IGNORE_INDEX, token)
-            for token, label in zip(sample["input_ids"], sample["labels"], strict=True)
+            label in (IGNORE_INDEX, token) for token, label in zip(sample["input_ids"], sample["labels"], strict=True)
         )
 
 
@@ -99,9 +94,7 @@ def test_alpaca_input_and_system_are_used():
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n2+2<|im_end|>")
 
 
-CONVERSATION = chat(
-    ("system", "S"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", " a2 ")
-)
+CONVERSATION = chat(("system", "S"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", " a2 "))
 
 
 def test_every_answer_of_a_conversation_is_labelled():
@@ -250,9 +243,7 @@ def test_templates_that_cannot_serve(template, reason):
 
 
 def test_unknown_shape_lists_the_columns():
-    with pytest.raises(
-        DataError, match=r"unknown shape: columns found: question, answer; accepted: messages"
-    ):
+    with pytest.raises(DataError, match=r"unknown shape: columns found: question, answer; accepted: messages"):
         tokenize({"question": "2+2?", "answer": "4"})
 
 

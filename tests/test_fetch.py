@@ -99,9 +99,7 @@ def test_a_failure_half_way_leaves_nothing(wheel, tmp_path):
         lambda folder: (folder / "content").unlink(),
         lambda folder: (folder / "manifest.json").write_text("{"),
         lambda folder: (folder / "manifest.json").write_text(
-            json.dumps(
-                json.loads((folder / "manifest.json").read_text()) | {"wheel_sha256": "of an older one"}
-            )
+            json.dumps(json.loads((folder / "manifest.json").read_text()) | {"wheel_sha256": "of an older one"})
         ),
     ],
 )
@@ -170,13 +168,8 @@ def test_word_problems_hold_what_they_say(problems):
     train, evaluation = problems["train"], problems["eval"]
     assert (len(train), len(evaluation)) == (TRAIN_SIZE, EVAL_SIZE)
     assert [record["id"] for record in train] == list(range(TRAIN_SIZE))
-    by_kind = {
-        kind: [r for r in train if r["planted"] == kind]
-        for kind in ("clean", "wrong", "duplicate", "trivial")
-    }
-    assert [len(records) for records in by_kind.values()] == [TRAIN_SIZE - 3 * PLANTED_EACH] + [
-        PLANTED_EACH
-    ] * 3
+    by_kind = {kind: [r for r in train if r["planted"] == kind] for kind in ("clean", "wrong", "duplicate", "trivial")}
+    assert [len(records) for records in by_kind.values()] == [TRAIN_SIZE - 3 * PLANTED_EACH] + [PLANTED_EACH] * 3
     # neither a problem that its own generator gets wrong nor the questions' boilerplate
     assert all(re.search(r"#### \d+$", r["answer"]) for r in train)
     assert not any("Give the result" in r["question"] for r in train)
@@ -188,9 +181,7 @@ def test_word_problems_hold_what_they_say(problems):
 
 def test_wrong_answers_are_wrong_everywhere(problems):
     for record in problems["train"]:
-        results = [
-            float(number) for number in re.findall(r"(?:=\s*\$?|#### )(\d+(?:\.\d\d)?)", record["answer"])
-        ]
+        results = [float(number) for number in re.findall(r"(?:=\s*\$?|#### )(\d+(?:\.\d\d)?)", record["answer"])]
         if "kiwis" in record["question"]:
             right = sum(float(number) for number in re.findall(r"\d+", record["question"]))
             assert [result == right for result in results] == [record["planted"] != "wrong"] * 3, record

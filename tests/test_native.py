@@ -1,4 +1,4 @@
-"""What only the native backend has: its exp, instruction sets, threads, workspaces, and how it is left out."""
+"""What only the native backend has: its exp, instruction sets, threads, workspaces, and its build."""
 
 import json
 import os
@@ -178,9 +178,7 @@ def test_workspaces_are_reused():
 def test_concurrent_callers_do_not_share_a_workspace():
     hidden, weight = torch.randn(8, 200, 16), torch.randn(3000, 16)
     labels = torch.randint(3000, (8, 200))
-    alone = [
-        native.linear_token_stats(h, weight, None, y, *SCALING) for h, y in zip(hidden, labels, strict=True)
-    ]
+    alone = [native.linear_token_stats(h, weight, None, y, *SCALING) for h, y in zip(hidden, labels, strict=True)]
     together = [None] * 8
 
     def work(i):
@@ -212,9 +210,7 @@ def test_rows_beyond_32_bit_offsets():
     labels = torch.randint(size, (1, 2))
     near = logits.contiguous()
     stats = native.token_stats(logits, labels, *SCALING)
-    assert all(
-        torch.equal(a, b) for a, b in zip(stats, native.token_stats(near, labels, *SCALING), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(stats, native.token_stats(near, labels, *SCALING), strict=True))
     upstream = (torch.ones(1, 2), None, None)
     expected = native.token_stats_backward(near, labels, *stats[1:], *upstream, *SCALING)
     native.token_stats_backward_(logits, labels, *stats[1:], *upstream, *SCALING)

@@ -148,11 +148,6 @@ def test_figures_reach_tensorboard(tmp_path, monkeypatch):
     )  # fmt: skip
     QTuningTrainer(tiny_model(), arguments, train_dataset=tiny_samples(8)).train()
     files = list(tmp_path.rglob("events.out.tfevents*"))
-    tags = {
-        value.tag
-        for file in files
-        for event in EventFileLoader(str(file)).Load()
-        for value in event.summary.value
-    }
+    tags = {value.tag for file in files for event in EventFileLoader(str(file)).Load() for value in event.summary.value}
     expected = {"q1", "q2", "q3", "q4", "kept_tokens", "tokens_per_second", "seconds_score", "seconds_train"}
     assert {f"train/qtuning/{name}" for name in expected} <= tags

@@ -191,6 +191,13 @@ def test_empty_run(tmp_path):
     assert record.notices == ["The run ended before its first optimiser step was recorded."]
 
 
+def test_a_run_that_stopped_early_says_so(tmp_path):
+    write_run(tmp_path, steps=3, total_steps=8)
+    assert read_record(tmp_path).notices == ["3 of 8 steps are recorded: the run is under way, or it ended early."]
+    write_run(tmp_path, steps=5, total_steps=8, resume_step=3)
+    assert read_record(tmp_path).notices == []
+
+
 def test_older_version_reads_with_a_notice(tmp_path):
     write_run(tmp_path, steps=1)
     _edit_version(tmp_path, 0)

@@ -23,9 +23,7 @@ def json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@pytest.fixture(
-    params=["jsonl", "json-array", "json-lines-in-json", "blank-lines", "bom", "parquet", "saved", "dict"]
-)
+@pytest.fixture(params=["jsonl", "json-array", "json-lines-in-json", "blank-lines", "bom", "parquet", "saved", "dict"])
 def source(request, tmp_path):
     name = request.param
     if name == "parquet":
@@ -35,9 +33,7 @@ def source(request, tmp_path):
         Dataset.from_list(FILLED).save_to_disk(tmp_path / "saved")
         return tmp_path / "saved"
     if name == "dict":
-        DatasetDict(train=Dataset.from_list(FILLED), test=Dataset.from_list(ROWS[:1])).save_to_disk(
-            tmp_path / "d"
-        )
+        DatasetDict(train=Dataset.from_list(FILLED), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "d")
         return tmp_path / "d"
     text = {
         "jsonl": json_lines(ROWS),

@@ -1,13 +1,12 @@
 """The report's page: every number against the record, and every state that a record can be in."""
 
-import base64
 import html
 import json
 import math
 import re
 import statistics
+import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -18,58 +17,9 @@ from qtuning_kernels.record import RecordError, RunRecord
 from qtuning_kernels.report import build_report
 from qtuning_kernels.report.texts import MAX_LISTED, MAX_TOKENS
 
-from .report_expected import PHASES, expected_numbers, rows, share
+from .report_expected import PHASES, rows, share
+from .report_page import Page, array, assert_numbers
 from .synthetic_run import quantile, synthetic_run
-
-DTYPES = {"f4": "<f4", "f8": "<f8", "i1": "<i1", "u1": "<u1", "i2": "<i2", "i4": "<i4"}
-
-
-class Page(HTMLParser):
-    """The report as a reader that trusts nothing sees it: tags, text, numbers and data."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags, self.numbers, self.scripts = [], {}, []
-        self._script = None
-        self.feed(self.source)
-        self.text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", " ", self.source))
-        self.data = json.loads(next(text for kind, text in self.scripts if kind == "application/json"))
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if "data-number" in attributes:
-            value = json.loads(attributes["data-value"])
-            assert self.numbers.setdefault(attributes["data-number"], value) == value
-        if tag == "script":
-            self._script = attributes.get("type", "")
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self._script = None
-
-    def handle_data(self, data):
-        if self._script is not None:
-            self.scripts.append((self._script, data))
-
-
-def array(value):
-    """A Plotly array, plain or in base64."""
-    if isinstance(value, dict):
-        flat = np.frombuffer(base64.b64decode(value["bdata"]), DTYPES[value["dtype"]])
-        return flat.reshape([int(n) for n in value["shape"].split(",")]) if "shape" in value else flat
-    return np.array(value, dtype=float)
-
-
-def assert_numbers(page, folder):
-    expected = expected_numbers(folder)
-    assert set(page.numbers) == set(expected)
-    for key, value in expected.items():
-        if value is None:
-            assert page.numbers[key] is None, key
-        else:
-            assert page.numbers[key] == pytest.approx(value, rel=1e-9), key
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +55,13 @@ def test_every_point_of_the_plane_is_a_row_of_the_record(page, run):
         seen = set()
         for trace in figure["data"]:
             x, y, custom = (array(trace[name]) for name in ("x", "y", "customdata"))
-            for ppl, entropy, (sample, step, kept, total) in zip(x, y, custom, strict=True):
+            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(x, y, custom, strict=True):
                 ident = int(page.data["samples"]["id"][sample])
                 row = table[int(step), ident]
                 assert ppl == np.float32(row["ppl"])
                 assert entropy == np.float32(row["entropy"])
                 assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
+                assert (role, bool(supplemented)) == (row["role"], row["supplemented"])
                 assert trace["name"].endswith("kept" if row["keep"] else "dropped")
                 assert trace["name"].startswith(f"Q{row['quadrant']} " if row["quadrant"] else "middle")
                 assert ident not in seen
@@ -301,9 +252,7 @@ def test_killed_run(tmp_path):
 def test_run_without_scores(tmp_path):
     """Steps of a warm-up on full data have samples but no place on the plane."""
     with RunRecord(tmp_path / "record") as record:
-        record.write_step(
-            {"step": 1, "loss": 1.0}, [{"id": 0, "num_tokens": 5, "keep": True, "kept_tokens": 5}]
-        )
+        record.write_step({"step": 1, "loss": 1.0}, [{"id": 0, "num_tokens": 5, "keep": True, "kept_tokens": 5}])
     page = Page(build_report(tmp_path))
     assert_numbers(page, tmp_path)
     assert "Not recorded per sample: ppl, entropy, quadrant, role, supplemented" in page.text
@@ -398,3 +347,52 @@ def test_fifty_thousand_samples_fit(tmp_path):
     page = Page(output)
     assert_numbers(page, folder)
     assert page.data["frames"][0]["shown"] == page.data["frames"][0]["total"] == 50_000
+    limit = page.data["samples"]["limit"]
+    assert f"Texts are cut at {limit} characters" in page.text
+    assert {len(text) for text in page.data["samples"]["answer"]} == {limit}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the trainer itself, on a tiny model."""
+    from transformers import TrainingArguments
+
+    from qtuning_kernels import QTuningConfig, QTuningTrainer
+
+    from .tiny import tiny_model, tiny_samples
+
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    config = QTuningConfig(sample_ratio=0.25, token_ratio=0.5)
+    QTuningTrainer(tiny_model(), arguments, train_dataset=tiny_samples(48), qtuning=config).train()
+    return folder
+
+
+def test_report_of_the_trainers_own_record(trained):
+    """Whatever the report needs, the trainer records: nothing is missing and every number agrees."""
+    page = Page(build_report(trained))
+    assert_numbers(page, trained)
+    assert all(value is not None for value in page.numbers.values())
+    assert page.numbers["samples_seen"] == 80
+    assert page.numbers["samples_kept"] == 20
+    assert "Not recorded" not in page.text
+    assert set(page.data["frames"][0]["thresholds"]) == {"ppl_low", "ppl_high", "entropy_low", "entropy_high"}
+    assert sum(len(array(trace["x"])) for trace in page.data["figures"]["plane"][0]["data"]) == 48
+
+
+def test_command(run, tmp_path, capsys):
+    from qtuning_kernels import cli
+
+    assert cli.main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'r.html'}\n"
+    assert cli.main(["report", str(tmp_path / "none")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_missing_library_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ModuleNotFoundError, match=r"plotly: pip install 'qtuning-kernels\[report\]'"):
+        build_report(run)

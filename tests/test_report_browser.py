@@ -43,9 +43,7 @@ FIND_POINT = """() => {
   const inside = (p) => p.at[0] > box.left + 100 && p.at[0] < box.right - 60 && p.at[1] > box.top + 60;
   return points.find((p) => inside(p) && points.every((q) => q === p || apart(p, q) > 12));
 }"""
-COUNT_POINTS = (
-    """() => document.getElementById("chart-plane")._fullData.reduce((n, t) => n + t.x.length, 0)"""
-)
+COUNT_POINTS = """() => document.getElementById("chart-plane")._fullData.reduce((n, t) => n + t.x.length, 0)"""
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +100,7 @@ def artifact(tmp_path, name):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_opens_whole_at_every_width_and_theme(open_report, run, tmp_path, viewport, scheme):
     page = open_report(run / "report.html", viewport=viewport, scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"], (
-        "the page scrolls sideways"
-    )
+    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"], "the page scrolls sideways"
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     for chart in page.locator(".chart").all():
         chart.scroll_into_view_if_needed()
@@ -118,7 +114,7 @@ def test_hover_shows_the_text_of_the_sample(open_report, run):
     point = page.evaluate(FIND_POINT)
     page.mouse.move(*point["at"])
     page.locator("#hovered .prompt").wait_for()
-    sample, step, kept, total = point["custom"]
+    sample, step, kept, total, _, _ = point["custom"]
     row = next(r for r in rows(run, "samples.jsonl") if (r["step"], r["id"]) == (step, sample))
     text = next(t for t in rows(run, "texts.jsonl") if t["id"] == sample)
     shown = page.locator("#hovered").inner_text()

@@ -206,9 +206,7 @@ def test_training_runs_and_learns(tmp_path, lora, token_mode):
     if lora:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    run = trainer(
-        tmp_path, model, config={**PRUNING, "token_mode": token_mode}, max_steps=30, learning_rate=1e-2
-    )
+    run = trainer(tmp_path, model, config={**PRUNING, "token_mode": token_mode}, max_steps=30, learning_rate=1e-2)
     run.train()
     summary = run.qtuning_summary()
     assert summary["steps"] == 30
@@ -331,6 +329,14 @@ def test_evaluation_without_logits(tmp_path):
 def test_pool_of_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size=1 is the selection pool"):
         trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"torch_compile": True}, {"label_smoothing_factor": 0.1}], ids=lambda setting: next(iter(setting))
+)
+def test_settings_without_a_place_in_the_step_are_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* has no place in this trainer's step"):
+        trainer(tmp_path, config=PRUNING, **setting)
 
 
 def test_last_pool_of_one_sample(tmp_path):

@@ -19,9 +19,7 @@ def byte_tokenizer(
     """One token per byte, and one per pair in `merges`; bos and eos as in SmolLM2."""
     tokens = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges]
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(pair) for pair in merges]
-        )
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(pair) for pair in merges])
     )
     # without GPT-2's pattern, so that a merge can cross the border of prompt and answer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

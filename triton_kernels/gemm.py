@@ -8,8 +8,9 @@ beyond it end at once, so that a share ρ of the rows costs a share ρ of the ti
 import torch
 import triton
 import triton.language as tl
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, product, rounded
 from torch import Tensor
+
+from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, product, rounded
 
 
 def live_rows(live: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,12 @@ Rows of weight 0 or with an ignored label are compacted away before, without ask
 
 import torch
 import triton
-from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
-from qtuning_kernels.triton_kernels.linear_token_stats import linear_token_stats
-from qtuning_kernels.triton_kernels.token_stats_backward import launch as launch_backward
 from torch import Tensor
 
 from qtuning_kernels.ops import stats_dtype
+from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
+from qtuning_kernels.triton_kernels.linear_token_stats import linear_token_stats
+from qtuning_kernels.triton_kernels.token_stats_backward import launch as launch_backward
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, trains_head: bool) -> int:

@@ -3,6 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.launch import (
     FUSED,
     architecture,
@@ -13,9 +16,6 @@ from qtuning_kernels.triton_kernels.launch import (
     rounded,
 )
 from qtuning_kernels.triton_kernels.row_math import FLOOR, finish, fold, merge, scaled, scaling
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 
 
 @triton.jit
@@ -248,8 +248,8 @@ def linear_token_stats(
     if rows == 0:
         return tuple(stats)
     config = tile_config(rows, size, hidden.element_size(), architecture(hidden))
-    if logits is not None and config.get("maxnreg") == 128:
-        config["maxnreg"] = 168  # the stores' addresses would spill
+    if logits is not None:
+        config.pop("maxnreg", None)  # the stores' addresses would spill
     block_n, block_v = config["BLOCK_N"], config["BLOCK_V"]
     splits = vocabulary_splits(rows, vocabulary, block_n, block_v, multiprocessors(hidden))
     per_split = triton.cdiv(triton.cdiv(vocabulary, block_v), splits) * block_v

@@ -13,14 +13,14 @@ Rows whose upstream gradients are all 0, or whose label is ignored, are compacte
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, rounded
 from qtuning_kernels.triton_kernels.linear_token_stats import project_tile, tile_config
 from qtuning_kernels.triton_kernels.row_math import scaled, scaling
 from qtuning_kernels.triton_kernels.token_stats_backward import coefficients, gradient
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 
 WORKSPACE = 256 * 2**20  # bytes, for the gradients of one chunk of logits
 

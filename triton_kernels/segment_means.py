@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
 from torch import Tensor
+
+from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
 
 
 # Reads every value once, writes 4 bytes per segment. A block sums its segment in float64, in a fixed order.

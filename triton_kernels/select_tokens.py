@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
 from torch import Tensor
+
+from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
 
 PAIRS = 128  # up to this many tokens, comparing all pairs takes less time than 32 passes
 

@@ -3,6 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qtuning_kernels.ops import stats_dtype
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,
@@ -14,9 +17,6 @@ from qtuning_kernels.triton_kernels.row_math import (
     scaled,
     scaling,
 )
-from torch import Tensor
-
-from qtuning_kernels.ops import stats_dtype
 
 
 # Reads itemsize bytes per element once, and a label per row; writes 4 statistics per row.

@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rounded, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     LN2,
@@ -13,7 +15,6 @@ from qtuning_kernels.triton_kernels.row_math import (
     scaled,
     scaling,
 )
-from torch import Tensor
 
 
 # A live row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.

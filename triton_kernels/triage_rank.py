@@ -8,8 +8,9 @@ comparisons, which spread over the device take microseconds; a sort would take m
 import torch
 import triton
 import triton.language as tl
-from qtuning_kernels.triton_kernels.launch import INTERPRETED, UNFUSED, on_device
 from torch import Tensor
+
+from qtuning_kernels.triton_kernels.launch import INTERPRETED, UNFUSED, on_device
 
 ALPHA_MAX_PERCENT = tl.constexpr(49)
 

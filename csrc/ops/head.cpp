@@ -148,7 +148,8 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
   Tensor grad_hidden = !needs[0] ? none() : dense ? at::empty_like(head.hidden) : at::zeros_like(head.hidden);
   needs[2] = needs[2] && head.bias.defined();
   if (total == 0) {
-    return {grad_hidden, needs[1] ? at::zeros_like(head.weight) : none(), needs[2] ? at::zeros_like(head.bias) : none()};
+    return {grad_hidden, needs[1] ? at::zeros_like(head.weight) : none(),
+            needs[2] ? at::zeros_like(head.bias) : none()};
   }
 
   const int64_t limit = std::max<int64_t>(16, kChunkBytes / (head.vocabulary * head.element));
@@ -220,8 +221,11 @@ Tensors3 head_gradient(const Head& head, const Labels& labels, const std::vector
         const int64_t start = p * part_rows, n = std::min(part_rows, head.vocabulary - start);
         Tensor product = wrap(product_data, n, head.size, head.hidden);
         at::cpu::mm_out(product, logits.narrow(1, start, n).t(), hidden);
-        k.accumulate(head.dtype, product_data, weight_sum.mutable_data_ptr<float>() + start * head.size,
-                     n * head.size);
+        float* sum = weight_sum.mutable_data_ptr<float>() + start * head.size;
+        k.accumulate(head.dtype, product_data, sum, n * head.size);
+        // a GEMM of this precision rounds its result; once more, less that result, gives what was lost
+        at::cpu::addmm_out(product, product, logits.narrow(1, start, n).t(), hidden, /*beta=*/-1, /*alpha=*/1);
+        k.accumulate(head.dtype, product_data, sum, n * head.size);
       }
     });
     if (needs[2]) {

@@ -114,7 +114,8 @@ Tensors6 triage_rank(const Tensor& ppl, const Tensor& entropy, int64_t k) {
   });
 
   const auto options = ppl.options();
-  const Tensor quadrant = at::empty({size}, options.dtype(at::kChar)), role = at::zeros({size}, options.dtype(at::kChar));
+  const Tensor quadrant = at::empty({size}, options.dtype(at::kChar));
+  const Tensor role = at::zeros({size}, options.dtype(at::kChar));
   const Tensor keep = at::zeros({size}, options.dtype(at::kBool));
   const Tensor kept_index = at::empty({k}, options.dtype(at::kLong));
   const Tensor supplemented = at::zeros({size}, options.dtype(at::kBool));

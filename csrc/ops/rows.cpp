@@ -60,7 +60,8 @@ Upstream::Upstream(const at::Tensor& entropy, const at::Tensor& row_max, const a
       grad_entropy_(grad_entropy, count, "grad_entropy"),
       grad_lse_(grad_lse, count, "grad_lse") {}
 
-StatsOutputs::StatsOutputs(const at::Tensor& like, at::IntArrayRef shape) : is_double_(stats_type(like) == at::kDouble) {
+StatsOutputs::StatsOutputs(const at::Tensor& like, at::IntArrayRef shape)
+    : is_double_(stats_type(like) == at::kDouble) {
   for (int i = 0; i < 4; ++i) {
     tensors_[i] = at::zeros(shape, like.options().dtype(stats_type(like)));
     data_[i] = tensors_[i].mutable_data_ptr();

@@ -48,6 +48,7 @@ def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write under a temporary name and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

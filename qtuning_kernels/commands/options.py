@@ -9,6 +9,7 @@ from qtuning_kernels import fetch
 from qtuning_kernels.config import SCORE_DTYPES
 from qtuning_kernels.records import reads_as_path
 
+_EMBEDDED_SPLITS = ("train", "eval")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -45,15 +46,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    if positional:
+        parser.add_argument("dataset", nargs="?", metavar="DATA", help="the same as --data")
     group = parser.add_argument_group(
         "model and data",
         "Both default to the embedded ones (qtuning fetch): SmolLM2-135M-Instruct and 512 word problems "
         "with planted flaws.",
     )
-    group.add_argument(
-        "--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub"
-    )
+    group.add_argument("--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub")
     group.add_argument(
         "--data",
         metavar="PATH|NAME",
@@ -61,17 +62,13 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "in one of four shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + "
         "input + output (Alpaca)",
     )
-    group.add_argument("--data-split", default="train", metavar="NAME", help="split to take (default: train)")
-    group.add_argument(
-        "--data-config", metavar="NAME", help="configuration of a hub data set that has several"
-    )
+    group.add_argument("--data-split", metavar="NAME", help="split to take (default: train)")
+    group.add_argument("--data-config", metavar="NAME", help="configuration of a hub data set that has several")
     group.add_argument(
         "--prompt-field", metavar="COLUMN", help="column of the prompt, where the shape is none of these"
     )
     group.add_argument("--completion-field", metavar="COLUMN", help="column of the answer, likewise")
-    group.add_argument(
-        "--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)"
-    )
+    group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
     group.add_argument(
         "--skip-without-answer",
         action="store_true",
@@ -141,9 +138,7 @@ def model_source(arguments: argparse.Namespace) -> str:
     """
     if arguments.model is None:
         if not fetch.is_fetched(fetch.MODEL):
-            raise FileNotFoundError(
-                "the embedded model is not here yet; run: qtuning fetch (or give --model)"
-            )
+            raise FileNotFoundError("the embedded model is not here yet; run: qtuning fetch (or give --model)")
         return str(fetch.asset_folder(fetch.MODEL))
     path = Path(arguments.model).expanduser()
     if path.is_dir():
@@ -158,12 +153,21 @@ def data_source(arguments: argparse.Namespace) -> tuple[str, str | None, str | N
 
     Raises:
         FileNotFoundError: the embedded data is not fetched.
+        ValueError: the data is given twice, or has no such split.
     """
-    if arguments.data is not None:
-        return arguments.data, arguments.prompt_field, arguments.completion_field
+    positional, split = getattr(arguments, "dataset", None), arguments.data_split
+    if positional is not None and arguments.data is not None:
+        raise ValueError(f"data is given twice: {positional!r} and --data {arguments.data!r}")
+    data = arguments.data if positional is None else positional
+    if data is not None:
+        if split is not None and Path(data).expanduser().is_file():
+            raise ValueError(f"--data-split {split!r}: {data} is one file, which has no splits")
+        return data, arguments.prompt_field, arguments.completion_field
+    if split not in (None, *_EMBEDDED_SPLITS):
+        raise ValueError(f"--data-split {split!r}: the embedded data has {', '.join(_EMBEDDED_SPLITS)}")
     if not fetch.is_fetched(fetch.DATA):
         raise FileNotFoundError("the embedded data is not here yet; run: qtuning fetch (or give --data)")
-    file = fetch.asset_folder(fetch.DATA) / f"{'train' if arguments.data_split == 'train' else 'eval'}.jsonl"
+    file = fetch.asset_folder(fetch.DATA) / f"{split or 'train'}.jsonl"
     return str(file), arguments.prompt_field or "question", arguments.completion_field or "answer"
 
 
@@ -191,15 +195,18 @@ def load_model(source: str) -> Any:
     """The model with float32 weights.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or weights are missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever a model's own code, its files or the network raise
         raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
+        raise ValueError(f"model {source!r}: {len(missing)} weights are not in its files, the first {missing[0]!r}")
+    return model
 
 
 def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
@@ -208,8 +215,7 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
     from qtuning_kernels.records import read_records
 
     data, prompt_field, completion_field = data_source(arguments)
-    split = arguments.data_split if arguments.data is not None else "train"
-    records = read_records(data, split=split, config=arguments.data_config)
+    records = read_records(data, split=arguments.data_split or "train", config=arguments.data_config)
     samples, report = tokenize_records(
         records,
         tokenizer,
@@ -269,9 +275,7 @@ def check_vocabulary(samples: Any, model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     largest = pc.max(pc.list_flatten(samples.data.column("input_ids"))).as_py()
     if largest >= size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together"
-        )
+        raise ValueError(f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together")
 
 
 def quiet_libraries() -> None:

@@ -17,11 +17,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "Parquet: sample_id (the record's number, from 0), ppl, entropy (nats), num_tokens, quadrant (1 to "
         "4, 0 in the middle), role (2: kept, tokens to be pruned; 4: kept whole; 0: not kept), the tag "
         "column, and the beginnings of prompt and answer. The whole data set is one selection pool.",
-        epilog="example: qtuning score --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
-        "--output plane.parquet",
+        epilog="example: qtuning score --model HuggingFaceTB/SmolLM2-135M-Instruct my.jsonl --output plane.parquet",
     )
     options.add_config(parser)
-    options.add_model_and_data(parser)
+    options.add_model_and_data(parser, positional=True)
     parser.add_argument(
         "--output", type=Path, default=Path("plane.parquet"), metavar="FILE", help="default: plane.parquet"
     )
@@ -53,9 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     _write(table, arguments.output)
     rows = table.drop_columns(["prompt", "answer"]).to_pylist()
     groups = None if tags is None else [tags[row["sample_id"]] for row in rows]
-    console.print(
-        quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups)
-    )
+    console.print(quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups))
     console.print(f"{len(rows)} samples in {arguments.output}", highlight=False, soft_wrap=True)
 
 

@@ -11,21 +11,23 @@ def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, cons
     import torch
     from rich.progress import track
 
-    from qtuning_kernels.scoring import Scores, score_samples
+    from qtuning_kernels.batching import to_sample
+    from qtuning_kernels.causal_lm import CausalLM
+    from qtuning_kernels.scoring import Scorer, Scores
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
+    scorer = Scorer(
+        model, CausalLM(model), score_dtype=arguments.score_dtype, batch_tokens=arguments.score_batch_tokens
+    )
     # samples of about one length together, so that little of a batch is padding
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
     chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
     nll: list[Any] = [None] * len(order)
     entropy: list[Any] = [None] * len(order)
     for chunk in track(chunks, description="scoring", console=console):
-        scores = score_samples(
-            model,
-            [samples[i] for i in chunk],
-            score_batch_tokens=arguments.score_batch_tokens,
-            score_dtype=arguments.score_dtype,
-        )
+        rows = (samples[i] for i in chunk)
+        scores = scorer.score([to_sample(row["input_ids"], row["labels"], row["sample_id"]) for row in rows], device)
         lengths = scores.cu_seqlens.diff().tolist()
         parts = zip(scores.nll.cpu().split(lengths), scores.entropy.cpu().split(lengths), strict=True)
         for i, (nll_part, entropy_part) in zip(chunk, parts, strict=True):

@@ -19,11 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="write the pruned data set",
         description="Score a data set with a model, without training, and write the samples that Q-Tuning "
         "keeps as JSON Lines, for use with any other trainer. The whole data set is one selection pool.",
-        epilog="example: qtuning select --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
+        epilog="example: qtuning select --model HuggingFaceTB/SmolLM2-135M-Instruct my.jsonl "
         "--sample-ratio 0.25 --output kept.jsonl",
     )
     options.add_config(parser)
-    options.add_model_and_data(parser)
+    options.add_model_and_data(parser, positional=True)
     parser.add_argument(
         "--output", type=Path, default=Path("selected.jsonl"), metavar="FILE", help="default: selected.jsonl"
     )
@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.write == "tokens":
         rows = _token_rows(samples, selection, config.token_mode)
     elif arguments.write == "text":
-        rows = _text_rows(
-            records, samples, selection, tokenizer, options.answer_column(arguments, records), console
-        )
+        rows = _text_rows(records, samples, selection, tokenizer, options.answer_column(arguments, records), console)
     else:
         rows = (_record(records, samples, index) for index in _kept(selection))
     written = _write(rows, arguments.output)

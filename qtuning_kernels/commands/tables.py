@@ -4,18 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-QUADRANTS = {
-    1: "Q1 harmful noise",
-    2: "Q2 misconception",
-    3: "Q3 redundant",
-    4: "Q4 calibration",
-    0: "middle",
-}
+QUADRANTS = {1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4", 0: "middle"}
+_MEANING = "Q1 harmful noise, Q2 misconception, Q3 redundant, Q4 calibration"
 
 
-def quadrant_table(
-    quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None
-) -> Any:
+def quadrant_table(quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None) -> Any:
     """Samples by group (rows) and quadrant (columns), how many were kept behind a slash where any were.
 
     Args:
@@ -28,7 +21,7 @@ def quadrant_table(
     names = ["samples"] * len(quadrants) if groups is None else list(groups)
     seen = Counter(zip(names, quadrants, strict=True))
     trained = Counter((n, q) for n, q, k in zip(names, quadrants, kept, strict=True) if k)
-    table = Table(title="seen / kept by quadrant", title_justify="left")
+    table = Table(title="samples seen / kept", title_justify="left", caption=_MEANING, caption_justify="left")
     table.add_column("")
     for title in (*QUADRANTS.values(), "all"):
         table.add_column(title, justify="right")

@@ -9,6 +9,7 @@ from typing import Any
 from qtuning_kernels.commands import checkpoints, options
 from qtuning_kernels.commands.tables import QUADRANTS, quadrant_table
 
+OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
 _LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
 
@@ -52,9 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="passes over the data (default: 1)",
     )
-    group.add_argument(
-        "--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs"
-    )
+    group.add_argument("--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs")
     group.add_argument(
         "--learning-rate",
         type=options.positive_float,
@@ -71,9 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument("--seed", type=int, default=42, metavar="N", help="of everything random (default: 42)")
 
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32"
-    )
+    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
     group.add_argument(
         "--micro-batch-tokens",
         type=options.positive,
@@ -97,7 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output, to the same result",
+        help="go on from the newest checkpoint in --output, with that run's options, to the same result",
     )
     group.add_argument(
         "--report-to",
@@ -105,9 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="NAME",
         help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
     )
-    group.add_argument(
-        "--report", action="store_true", help="end with qtuning report, which draws the finished run"
-    )
+    group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 
 
@@ -115,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
+    from qtuning_kernels.panel import RunPanel
     from qtuning_kernels.record import write_texts
 
     options.quiet_libraries()
@@ -140,15 +136,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lora_rank:
         model = _with_lora(model, arguments.lora_rank, arguments.seed)
     if arguments.resume:
-        console.print(
-            f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False
-        )
+        console.print(f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False)
 
+    checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
     texts = options.texts(arguments, records, samples)
     write_texts(output / "record", texts, limit=options.text_limit(samples))
-    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning, console)
+    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning)
+    panel = RunPanel(console)
+    trainer.add_callback(panel)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        panel.close()
     seconds = time.perf_counter() - started
     final = checkpoints.save_final(trainer, tokenizer, output)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -166,6 +166,12 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"report in {build_report(output)}", highlight=False, soft_wrap=True)
     else:
         console.print(f"draw the run with: qtuning report {output}", highlight=False, soft_wrap=True)
+
+
+def _options(arguments: argparse.Namespace) -> str:
+    """The options as a configuration file."""
+    passing = ("command", "run", "config", "debug", "resume", "output")
+    return json.dumps({k: v for k, v in vars(arguments).items() if k not in passing}, indent=2) + "\n"
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:
@@ -187,13 +193,11 @@ def _trainer(
     tokenizer: Any,
     samples: Any,
     qtuning: Any,
-    console: Any,
 ) -> Any:
     import torch
     from transformers import PrinterCallback, TrainingArguments
 
     from qtuning_kernels import QTuningTrainer
-    from qtuning_kernels.panel import RunPanel
 
     default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
     training = TrainingArguments(
@@ -220,7 +224,6 @@ def _trainer(
         model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunPanel(console))
     return trainer
 
 

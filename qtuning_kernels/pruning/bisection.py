@@ -18,9 +18,7 @@ def _quantile(ascending: Tensor, count: Tensor, gamma: Tensor) -> Tensor:
     return torch.where(rank > 0, value, -torch.inf)
 
 
-def triage_bisect(
-    ppl: Tensor, entropy: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def triage_bisect(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The paper's loop, with the arguments, the results and the decisions of the operator `triage_rank`.
 
     On pools without tied values it gives the same samples, roles and quadrants. Two things differ: `alpha` is

@@ -15,9 +15,8 @@ from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number, truth
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness
 COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
-PHASE_COLOURS = dict(
-    zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True)
-)
+PHASE_COLOURS = dict(zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
+_DENSE = 5000  # points of a frame, above which they are smaller and more transparent
 _LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
 
 
@@ -47,18 +46,21 @@ THEMES = {
 def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
     """One figure per frame, all with the same traces and axes, so that one replaces the other.
 
-    Each point carries its number in the page's list of samples, its step, and its kept and all tokens.
+    Each point carries its number in the page's list of samples, its step, its kept and all tokens, its role
+    and whether it was supplemented.
     """
+    # what was kept is drawn last and so on top, the middle first
     combinations = [
         (quadrant, keep)
-        for quadrant in QUADRANTS
-        for keep in (True, False)
+        for keep in (False, True)
+        for quadrant in (0, 3, 1, 2, 4)
         if any(len(_of(frame.points, quadrant, keep)) for frame in frames)
     ]
+    dense = any(len(frame.points) > _DENSE for frame in frames)
     layout = _plane_layout(frames)
     figures = []
     for frame in frames:
-        traces = [_plane_trace(frame.points, *each, sample_number) for each in combinations]
+        traces = [_plane_trace(frame.points, *each, sample_number, dense) for each in combinations]
         figures.append(go.Figure(traces, layout | {"shapes": list(_threshold_lines(frame.thresholds))}))
     return figures
 
@@ -68,24 +70,25 @@ def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
     return points[(points.quadrant == quadrant) & (kept if keep else ~kept)]
 
 
-def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict) -> go.Scattergl:
+def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict, dense: bool) -> go.Scattergl:
     points = _of(points, quadrant, keep)
     numbers = points.id.map(sample_number).to_numpy(np.int32)
-    counts = points[["step", "kept_tokens", "num_tokens"]].fillna(-1).to_numpy(np.int32)
+    counts = points[["step", "kept_tokens", "num_tokens", "role"]].fillna(-1).to_numpy(np.int32)
+    supplemented = truth(points.supplemented).to_numpy(np.int32)
     return go.Scattergl(
         name=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
         x=points.ppl.to_numpy(np.float32),
         y=points.entropy.to_numpy(np.float32),
-        customdata=np.column_stack([numbers, counts]),
+        customdata=np.column_stack([numbers, counts, supplemented]),
         mode="markers",
         marker={
             "color": COLOURS[quadrant],
             "symbol": "circle" if keep else "x-thin-open",
-            "size": 7 if keep else 6,
-            "opacity": 0.9 if keep else 0.7,
+            "size": (7 if keep else 6) - 2 * dense,
+            "opacity": (0.9 if keep else 0.7) - 0.2 * dense,
             "line": {"width": 1, "color": COLOURS[quadrant]},
         },
-        hovertemplate="perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra>%{fullData.name}</extra>",
+        hovertemplate="%{fullData.name}<br>perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra></extra>",
     )
 
 

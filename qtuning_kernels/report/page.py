@@ -21,9 +21,7 @@ def write_page(run: Path, output: Path | None) -> Path:
     """See `build_report`."""
     if run.is_file():
         if run.suffix not in _PLANE_SUFFIXES:
-            raise RecordError(
-                f"{run} is neither the folder of a run nor a Parquet file ({', '.join(_PLANE_SUFFIXES)})"
-            )
+            raise RecordError(f"{run} is neither the folder of a run nor a Parquet file ({', '.join(_PLANE_SUFFIXES)})")
         output = output or run.with_suffix(".html")
         context = _plane_file_context(run, _picture_folder(output))
     else:
@@ -71,6 +69,7 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
     frame_list = plane.frames(samples, steps)
     ids = samples.id.drop_duplicates().tolist()
     figure_list = figures.plane_figures(frame_list, {each: i for i, each in enumerate(ids)})
+    excerpts = texts.excerpts(ids, text_table)
     frame_notes = [
         {
             "label": frame.label,
@@ -84,9 +83,10 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
     return {
         "frames": frame_list,
         "figures": {"plane": figure_list},
+        "excerpt_limit": excerpts["limit"],
         "data": {
             "frames": frame_notes,
-            "samples": {"id": [str(each) for each in ids], **texts.excerpts(ids, text_table)},
+            "samples": {"id": [str(each) for each in ids], **excerpts},
             "themes": figures.THEMES,
         },
     }
@@ -123,6 +123,7 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
         "bins": len(curves),
         "heights": _heights(charts),
         "has_texts": len(record.texts) > 0,
+        "excerpt_limit": parts["excerpt_limit"],
         "tokens": token_list,
         "tokens_left": token_rest,
         "never": texts.listed(fate_table, record.texts, kept=False),
@@ -148,6 +149,7 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "bins": 0,
         "heights": _heights(parts["figures"]),
         "has_texts": len(text_table) > 0,
+        "excerpt_limit": parts["excerpt_limit"],
         "tokens": [],
         "tokens_left": 0,
         "never": [],
@@ -159,9 +161,7 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
 
 def _heights(charts: dict[str, Any]) -> dict[str, int]:
     """The height in pixels of each chart that has something to draw, which the page reserves beforehand."""
-    each = {
-        name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()
-    }
+    each = {name: figure[0] if isinstance(figure, list) and figure else figure for name, figure in charts.items()}
     return {name: figure.layout.height for name, figure in each.items() if figure}
 
 

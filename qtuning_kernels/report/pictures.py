@@ -43,19 +43,20 @@ def plane_picture(frame: Frame, folder: Path) -> list[Path]:
     """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
     figure, axes = _axes("perplexity", "mean entropy (nats)")
     kept = truth(frame.points.keep)
-    for quadrant, name in QUADRANTS.items():
-        for keep in (False, True):
+    dense = len(frame.points) > 5000
+    for keep in (False, True):  # as on the page: what was kept on top, the middle first
+        for quadrant in (0, 3, 1, 2, 4):
             points = frame.points[(frame.points.quadrant == quadrant) & (kept if keep else ~kept)]
             if len(points):
                 axes.scatter(
                     points.ppl,
                     points.entropy,
-                    s=12 if keep else 8,
+                    s=(12 if keep else 8) / (3 if dense else 1),
                     color=COLOURS[quadrant],
                     marker="o" if keep else "x",
                     linewidths=0.7,
                     alpha=0.8 if keep else 0.5,
-                    label=f"{name}, {'kept' if keep else 'dropped'}",
+                    label=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
                     rasterized=True,
                 )
     for name, value in frame.thresholds.items():

@@ -25,9 +25,7 @@ def excerpts(ids: list, texts: pd.DataFrame) -> dict:
     Returns ``prompt`` and ``answer`` (lists in the order of `ids`, None where there is no text) and
     ``limit``, the characters that were kept of each.
     """
-    known = {
-        row.id: (str(row.prompt), str(row.answer)) for row in texts.itertuples() if not pd.isna(row.prompt)
-    }
+    known = {row.id: (str(row.prompt), str(row.answer)) for row in texts.itertuples() if not pd.isna(row.prompt)}
     pairs = [known.get(each, (None, None)) for each in ids]
     limit = EXCERPT
     while limit > 20:
@@ -77,9 +75,7 @@ def _number(value: float) -> str:
 
 def token_samples(record: Record) -> tuple[list[TokenSample], int]:
     """The answers of the token view, and how many the record holds beyond `MAX_TOKENS`."""
-    roles = {
-        (row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)
-    }
+    roles = {(row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)}
     prompts = dict(zip(record.texts.id, record.texts.prompt, strict=True))
     shown, budget = [], MAX_TOKENS
     for row in record.tokens.itertuples():
@@ -138,7 +134,5 @@ def listed(fate_table: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list
         text = known.loc[row.id] if row.id in known.index else {"prompt": "", "answer": ""}
         quadrant = 0 if pd.isna(row.quadrant) else int(row.quadrant)
         cut = [_cut(str(text[name]), EXCERPT) for name in ("prompt", "answer")]
-        result.append(
-            Listed(str(row.id), int(row.seen), _number(row.ppl), _number(row.entropy), quadrant, *cut)
-        )
+        result.append(Listed(str(row.id), int(row.seen), _number(row.ppl), _number(row.entropy), quadrant, *cut))
     return result

@@ -106,9 +106,7 @@ def test_cross_entropy(backend, dtype, shape, scaling):
     token_weight[0], token_weight[2] = 0.0, -0.5
 
     def ours(hidden, weight, bias):
-        loss = qk.linear_cross_entropy(
-            hidden, weight, labels, bias=bias, token_weight=token_weight, **scaling
-        )
+        loss = qk.linear_cross_entropy(hidden, weight, labels, bias=bias, token_weight=token_weight, **scaling)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         return loss, torch.zeros(())
 
@@ -228,9 +226,7 @@ def test_gradcheck(backend):
         return qk.linear_token_stats(hidden, weight, labels, bias=bias, softcap=3.0, logit_scale=0.5)
 
     def loss(hidden, weight, bias):
-        return qk.linear_cross_entropy(
-            hidden, weight, labels, bias=bias, token_weight=token_weight, softcap=3.0
-        )
+        return qk.linear_cross_entropy(hidden, weight, labels, bias=bias, token_weight=token_weight, softcap=3.0)
 
     assert torch.autograd.gradcheck(stats, operands)
     assert torch.autograd.gradcheck(loss, operands)
@@ -289,6 +285,4 @@ def test_operators_obey_their_schemas(backend):
             (*operands, *stats, g, g, None, *scaling, needs),
             test_utils=utilities,
         )
-        torch.library.opcheck(
-            ops.linear_cross_entropy, (*operands, g.abs(), *scaling, needs), test_utils=utilities
-        )
+        torch.library.opcheck(ops.linear_cross_entropy, (*operands, g.abs(), *scaling, needs), test_utils=utilities)

@@ -357,8 +357,6 @@ def test_impossible_label_below_the_check(backend):
     nll, *stats = torch.ops.qtuning_kernels.token_stats(logits, labels, -100, 1.0, None)
     assert torch.isnan(nll).tolist() == [[True, True, False]]
     ones = torch.ones(1, 3)
-    grad = torch.ops.qtuning_kernels.token_stats_backward(
-        logits, labels, *stats, ones, None, None, -100, 1.0, None
-    )
+    grad = torch.ops.qtuning_kernels.token_stats_backward(logits, labels, *stats, ones, None, None, -100, 1.0, None)
     assert torch.isnan(grad[0, :2]).all()
     assert torch.isfinite(grad[0, 2]).all()

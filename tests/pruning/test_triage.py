@@ -49,9 +49,7 @@ def test_worked_fill(backend):
 def test_worked_fill_leaning_to_q2(backend):
     """The same pool with the entropies of 2 and 3 lowered a little: now both lean to Q2 (decision c)."""
     entropy = torch.tensor([0.1, 0.9, 0.3, 0.15])
-    assert_triage(
-        qk.triage_samples(WORKED[0], entropy, 0.75), [2, 4, 1, 3], [2, 4, 2, 0], [0, 1, 2], [2], 0.49
-    )
+    assert_triage(qk.triage_samples(WORKED[0], entropy, 0.75), [2, 4, 1, 3], [2, 4, 2, 0], [0, 1, 2], [2], 0.49)
 
 
 def test_ineligible_samples_are_never_kept(backend):
@@ -254,9 +252,7 @@ def test_monotone_maps_of_the_axes(pairs, ratio, map_ppl, map_entropy):
 
 def test_float64_coordinates():
     ppl, entropy = torch.rand(2, 20, dtype=torch.float64)
-    double, single = (
-        qk.triage_samples(ppl.to(d), entropy.to(d), 0.3) for d in (torch.float64, torch.float32)
-    )
+    double, single = (qk.triage_samples(ppl.to(d), entropy.to(d), 0.3) for d in (torch.float64, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(double, single, strict=True))
 
 

@@ -39,6 +39,7 @@
     let shown = 0;
     const traces = figure.data.map((trace, index) => {
       const { x, y, custom } = decoded[index];
+      const width = custom.length / x.length;
       const chosen = x.map((_, point) => point).filter((point) => point % every === 0);
       shown += chosen.length;
       return {
@@ -46,7 +47,7 @@
         type: "scatter",
         x: chosen.map((point) => x[point]),
         y: chosen.map((point) => y[point]),
-        customdata: chosen.map((point) => custom.slice(4 * point, 4 * point + 4)),
+        customdata: chosen.map((point) => custom.slice(width * point, width * (point + 1))),
       };
     });
     return { traces, shown };
@@ -86,13 +87,13 @@
   };
   const showSample = (event) => {
     const point = event.points[0];
-    const [sample, step, kept, all] = point.customdata;
+    const [sample, step, kept, all, role, supplemented] = point.customdata;
     const samples = data.samples;
     const fate = kept < 0 ? `${all} answer tokens` : `${kept} of ${all} answer tokens kept`;
     const lines = [
       line("meta", `${samples.id[sample]}${step > 0 ? `, scored in step ${step}` : ""}`),
       line("meta", `perplexity ${Number(point.x).toPrecision(4)}, entropy ${Number(point.y).toPrecision(4)} nats`),
-      line("meta", `${point.data.name}; ${fate}`),
+      line("meta", `${point.data.name}${supplemented ? ` as a supplement, treated as Q${role}` : ""}; ${fate}`),
     ];
     if (samples.prompt[sample] === null) {
       lines.push(line("quiet", "No text was recorded for this sample."));

@@ -1,0 +1,91 @@
+"""The scoring pass: what a cheaper precision changes in the selection, and which layout is faster.
+
+    python -m benchmarks.scoring --data gsm8k.jsonl --prompt-field question --completion-field answer
+
+Agreement: 512 samples scored in bfloat16 and in float32; Spearman's rank correlation of both axes, and the share
+of kept samples that the two selections have in common, over pools of 16. Layouts: the same samples padded in groups
+of similar length, packed into rows, and padded to the pool's longest as a plain collator does, in turn.
+Rows go to benchmarks/results/scoring.csv.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks.common import RESULTS, environment, interleave, spread, write_rows
+from benchmarks.step_variants import Bench
+from qtuning_kernels import eu_plane, scoring, triage_samples
+from qtuning_kernels.batching import micro_batches, to_sample
+from qtuning_kernels.causal_lm import CausalLM, backbone
+
+
+def planes(bench: Bench, count: int) -> dict[str, torch.Tensor]:
+    samples = bench.samples[:count]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        plane = eu_plane(*scoring.score_samples(bench.model, samples, score_dtype=dtype))
+        found[dtype] = torch.stack([plane.ppl, plane.entropy])
+    return found
+
+
+def agreement(bench: Bench, count: int, pool: int) -> list[dict]:
+    found = planes(bench, count)
+    exact, cheap = found["float32"], found["bfloat16"]
+    rows = []
+    for name, a, b in zip(("ppl", "entropy"), exact, cheap, strict=True):
+        rows.append({"measure": f"spearman {name}", "value": f"{spearmanr(a, b).statistic:.6f}"})
+    for ratio in (0.125, 0.25, 0.5):
+        shared = kept = 0
+        for start in range(0, count - pool + 1, pool):
+            a, b = (triage_samples(*x[:, start : start + pool], ratio).keep for x in (exact, cheap))
+            shared, kept = shared + int((a & b).sum()), kept + int(a.sum())
+        rows.append({"measure": f"kept sets' overlap at {ratio:.1%}", "value": f"{shared / kept:.4f}"})
+    return rows
+
+
+def layouts(bench: Bench, repeats: int) -> list[dict]:
+    parts = CausalLM(bench.model)
+    pool = bench.pool(0)
+    longest = max(len(s.input_ids) for s in pool)
+    unsorted = [to_sample(torch.nn.functional.pad(s.input_ids, (0, longest - len(s.input_ids))),
+                          torch.full((longest,), 1)) for s in pool]  # fmt: skip
+
+    def forward(batches: list) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                backbone(parts.decoder, batch.input_ids, batch.position_ids)
+
+    parts.base.eval()
+    cases = {f"{layout}, {budget} tokens": micro_batches(pool, budget, layout)
+             for layout in ("padded", "packed") for budget in (1024, 4096, 8192)}  # fmt: skip
+    cases["padded to the longest"] = micro_batches(unsorted, 10**9)
+    seconds = interleave({name: lambda b=batches: forward(b) for name, batches in cases.items()}, repeats)
+    return [
+        {"measure": f"backbone forward, {name}", "tokens": sum(b.input_ids.numel() for b in cases[name])} | spread(s)
+        for name, s in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--prompt-field", default="question")
+    parser.add_argument("--completion-field", default="answer")
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--pool", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scoring.csv")
+    options = parser.parse_args()
+    bench = Bench(options, "float32")
+    common = environment() | {"data": Path(options.data).name if options.data else "word-problems"}
+    rows = agreement(bench, options.count, options.pool) + layouts(bench, options.repeats)
+    write_rows(options.output, [common | {"pool": options.pool} | row for row in rows])
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

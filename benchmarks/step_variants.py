@@ -1,0 +1,243 @@
+"""The variants of a whole optimiser step that `step.py` measures, all on one model and one optimiser."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import datasets
+import torch
+import transformers
+
+from qtuning_kernels import QTuningConfig
+from qtuning_kernels.accounting import PHASES
+from qtuning_kernels.batching import to_sample
+from qtuning_kernels.causal_lm import CausalLM
+from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
+from qtuning_kernels.step import QTuningStep
+
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours, bf16 score")
+Step = Callable[[int], dict[str, float]]
+
+
+class Bench:
+    """A model, an optimiser, and the variants of the step on them."""
+
+    def __init__(self, options: argparse.Namespace, group: str) -> None:
+        self.options, self.group = options, group
+        arguments = argparse.Namespace(
+            model=options.model,
+            data=options.data,
+            prompt_field=options.prompt_field if options.data else None,
+            completion_field=options.completion_field if options.data else None,
+            data_split=None,
+            data_config=None,
+            cutoff=2048,
+            skip_without_answer=False,
+        )
+        source = model_source(arguments)
+        self.tokenizer = load_tokenizer(source)
+        transformers.utils.logging.set_verbosity_error()
+        _, rows, _ = load_data(arguments, self.tokenizer)
+        needed = max(512, options.pool * (options.repeats + 1))
+        self.rows = [rows[i] for i in range(min(needed, len(rows)))]
+        self.samples = [to_sample(r["input_ids"], r["labels"], r["sample_id"]) for r in self.rows]
+        self.base = load_model(source)
+        self.model = self.base
+        if group == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(
+                self.base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            )
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6)
+        self.folder = tempfile.mkdtemp()
+
+    def features(self, index: int) -> list[dict]:
+        start = index * self.options.pool % (len(self.rows) - self.options.pool + 1)
+        return [
+            {"input_ids": r["input_ids"], "labels": r["labels"]} for r in self.rows[start : start + self.options.pool]
+        ]
+
+    def pool(self, index: int) -> list:
+        start = index * self.options.pool % (len(self.rows) - self.options.pool + 1)
+        return self.samples[start : start + self.options.pool]
+
+    def arguments(self, kind: type) -> object:
+        return kind(
+            output_dir=self.folder,
+            per_device_train_batch_size=self.options.pool,
+            bf16=self.group == "autocast",
+            use_cpu=True,
+            report_to=[],
+            max_steps=1,
+            disable_tqdm=True,
+        )
+
+    def update(self) -> float:
+        start = time.perf_counter()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    def full_data(self) -> Step:
+        trainer = transformers.Trainer(
+            self.model,
+            self.arguments(transformers.TrainingArguments),
+            train_dataset=datasets.Dataset.from_list(self.features(0)),
+            data_collator=transformers.DataCollatorForSeq2Seq(self.tokenizer),
+        )
+        return self._trainer_step(trainer)
+
+    def trl(self) -> Step:
+        import trl
+
+        features = [
+            {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]}
+            for f in (f for i in range(self.options.repeats + 1) for f in self.features(i))
+        ]
+        trainer = trl.SFTTrainer(
+            self.model,
+            self.arguments(trl.SFTConfig),
+            train_dataset=datasets.Dataset.from_list(features),
+            processing_class=self.tokenizer,
+        )
+
+        def convert(batch: list[dict]) -> list[dict]:
+            return [
+                {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]} for f in batch
+            ]
+
+        return self._trainer_step(trainer, convert)
+
+    def _trainer_step(self, trainer, convert=lambda features: features):
+        trainer.optimizer = self.optimizer
+        model = trainer.accelerator.prepare_model(self.model)
+        trainer.current_gradient_accumulation_steps = 1
+
+        def step(index: int) -> dict[str, float]:
+            batch = trainer.data_collator(convert(self.features(index)))
+            start = time.perf_counter()
+            batches, count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+            trainer.training_step(model, batches[0], count)
+            return {"train": time.perf_counter() - start, "optimizer": self.update()}
+
+        return step
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16) if self.group == "autocast" else nullcontext()
+
+    def eager(self) -> Step:
+        """Written for reading, not speed: what the paper describes, in the obvious operations."""
+        collator = transformers.DataCollatorForSeq2Seq(self.tokenizer)
+        ratio, token_ratio = self.options.sample_ratio, self.options.token_ratio
+
+        def quadrants(ppl: list[float], entropy: list[float], alpha: float) -> list[int]:
+            def bounds(values: list[float]) -> tuple[float, float]:
+                ordered = sorted(values)
+                n = len(ordered)
+                low = ordered[max(0, -int(-alpha * n // 1) - 1)]
+                return low, ordered[min(n - 1, max(0, -int(-(1 - alpha) * n // 1) - 1))]
+
+            (p_low, p_high), (e_low, e_high) = bounds(ppl), bounds(entropy)
+            found = []
+            for p, e in zip(ppl, entropy, strict=True):
+                if p >= p_high and e <= e_low:
+                    found.append(2)
+                elif p <= p_low and e >= e_high:
+                    found.append(4)
+                else:
+                    found.append(0)
+            return found
+
+        def step(index: int) -> dict[str, float]:
+            seconds = {}
+            start = time.perf_counter()
+            batch = collator(self.features(index))
+            self.model.eval()
+            with torch.no_grad(), self.autocast():
+                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            log_p = torch.log_softmax(logits[:, :-1].float(), -1)
+            labels = batch["labels"][:, 1:]
+            nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            del logits, log_p
+            seconds["score"] = time.perf_counter() - start
+
+            start = time.perf_counter()
+            ppls, entropies = [], []
+            for row in range(len(labels)):
+                answer = labels[row] != -100
+                ppls.append(nll[row][answer].mean().exp().item())
+                entropies.append(entropy[row][answer].mean().item())
+            wanted = max(1, int(ratio * len(labels)))
+            low, high = 0.0, 0.49
+            for _ in range(20):
+                middle = (low + high) / 2
+                if sum(q > 0 for q in quadrants(ppls, entropies, middle)) >= wanted:
+                    high = middle
+                else:
+                    low = middle
+            found = quadrants(ppls, entropies, high)
+            kept = [row for row in range(len(labels)) if found[row]][:wanted]
+            kept += [row for row in range(len(labels)) if row not in kept][: wanted - len(kept)]
+            targets = torch.full_like(batch["labels"], -100)
+            for row in kept:
+                positions = (labels[row] != -100).nonzero().squeeze(1)
+                if found[row] != 4:
+                    ppl = nll[row][positions].exp()
+                    padded = torch.cat([ppl[:1], ppl, ppl[-1:]])
+                    score = 0.5 * ppl + 0.5 * (padded[:-2] + padded[2:])
+                    count = max(1, int(token_ratio * len(positions)))
+                    positions = positions[score.argsort()[:count]]
+                targets[row, positions + 1] = batch["labels"][row, positions + 1]
+            seconds["select"] = time.perf_counter() - start
+
+            start = time.perf_counter()
+            self.model.train()
+            with self.autocast():
+                loss = self.model(
+                    input_ids=batch["input_ids"][kept],
+                    attention_mask=batch["attention_mask"][kept],
+                    labels=targets[kept],
+                ).loss
+            loss.backward()
+            seconds["train"] = time.perf_counter() - start
+            return seconds | {"optimizer": self.update()}
+
+        return step
+
+    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str) -> Step:
+        config = QTuningConfig(
+            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, step="rescore"
+        )
+        device = torch.device("cpu")
+        runner = QTuningStep(self.model, CausalLM(self.model), config, device, self.autocast)
+
+        def step(index: int) -> dict[str, float]:
+            pool = self.pool(index)
+            plan = runner.plan([pool])
+            self.model.train()
+            with plan.clock.phase("train"):
+                runner.train(plan, lambda loss: loss.backward())
+            plan.clock.seconds["optimizer"] = self.update()
+            return {phase: plan.clock.seconds[phase] for phase in PHASES}
+
+        return step
+
+    def variant(self, name: str) -> Step:
+        ratios = (self.options.sample_ratio, self.options.token_ratio)
+        build = {
+            "full data": self.full_data,
+            "full data, TRL": self.trl,
+            "eager Q-Tuning": self.eager,
+            "ours 1×1": lambda: self.ours(1.0, 1.0, "model"),
+            "ours": lambda: self.ours(*ratios, "model"),
+            "ours, bf16 score": lambda: self.ours(*ratios, "bfloat16"),
+        }
+        return build[name]()
