@@ -10,7 +10,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 LAYOUTS = ("padded", "packed")
-MIN_FILL = 0.75  # a row of a padded group that is emptier than this costs more than a group of its own
+MIN_FILL = 0.9  # a row of a padded group that is emptier than this costs more than a group of its own
 
 
 @dataclass(frozen=True)
