@@ -82,11 +82,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--pool", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-layouts", action="store_true", help="only the agreement, which is no timing")
     parser.add_argument("--output", type=Path, default=RESULTS / "scoring.csv")
     options = parser.parse_args()
     bench = Bench(options, "float32")
     common = environment() | {"data": Path(options.data).name if options.data else "word-problems"}
-    rows = agreement(bench, options.count, options.pool) + layouts(bench, options.repeats)
+    rows = agreement(bench, options.count, options.pool)
+    if not options.no_layouts:
+        rows += layouts(bench, options.repeats)
     write_rows(options.output, [common | {"pool": options.pool} | row for row in rows])
     lines = [
         [
