@@ -8,6 +8,12 @@ namespace qt {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+// Blocks that fill a multiprocessor: 2048 threads, or 1536 on consumer GPUs (sm_86, sm_89, sm_120).
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
+constexpr int kResident = 6;
+#else
+constexpr int kResident = 8;
+#endif
 constexpr unsigned kTrip = 16 * kThreads;  // bytes that a block reads when each thread takes one vector
 
 // Vectors of a row by a uniform address and a 32-bit offset of the thread: one register and one addition per trip.

@@ -36,7 +36,7 @@ __device__ void write_row(const Forward<R>& in, unsigned row, int64_t label, Onl
 // Identity (r, S, T) = (-1e30, 0, 0). Each thread folds 16-byte vectors into its own partial row, so the loop has no
 // barrier and no shuffle; the block merges once, behind it.
 template <typename T, Form FORM>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP ? 2 : 8)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP ? 2 : kResident)
     token_stats_kernel(const Forward<typename Real<T>::type> in) {
   using R = typename Real<T>::type;
   const unsigned row = blockIdx.x;

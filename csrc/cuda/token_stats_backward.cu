@@ -72,7 +72,7 @@ QT_FUNCTION uint4 gradient(uint4 vector, const Units<typename Real<T>::type>& un
 // that no barrier is needed. SAME_LEAD: every row of logits and gradient begins at the same place within 16 bytes;
 // otherwise stores stay aligned, and each load takes the two vectors that it straddles.
 template <typename T, Form FORM, bool HAS_ENTROPY, bool SAME_LEAD>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP || !SAME_LEAD ? 2 : 8)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP || !SAME_LEAD ? 2 : kResident)
     token_stats_backward_kernel(const Backward<typename Real<T>::type> in) {
   using R = typename Real<T>::type;
   constexpr bool PAIRS = FORM != Form::SOFTCAP;
