@@ -93,8 +93,10 @@ def token_stats_backward_kernel(
     possible = (label >= 0) & (label < V)
     reference, a_all, b = coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE)
 
-    # in place, the logit at the label must be read before the loop writes over it
+    # in place, every warp must have read the logit at the label before the loop of another writes over it
     x_label = tl.load(logits_ptr + start + label, possible, 0.0)
+    if HAS_NLL:
+        tl.debug_barrier()
 
     # with the same lead, start − lead is a multiple of the vector, which only this form says
     in_ptr = logits_ptr + (start // VECTOR * VECTOR if SAME_LEAD else start - lead)
