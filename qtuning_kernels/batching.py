@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-LAYOUTS = ("padded", "packed")
 MIN_FILL = 0.9  # a row of a padded group that is emptier than this costs more than a group of its own
 
 

@@ -26,7 +26,7 @@ def layout_for(model: nn.Module) -> str:
 
     Variable-length attention skips what lies between samples. Dense attention on a packed row computes and
     masks it, and models that know no position ids would let samples see each other; groups of similar length
-    need neither (benchmarks/step.py --layouts measures both).
+    need neither (benchmarks/scoring.py times both).
     """
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None) or ""

@@ -253,10 +253,11 @@ class QTuningTrainer(Trainer):
         self._score_age = plan.score_age
         if not self.qtuning.record:
             return
-        rows = [row for part in gather(sample_rows(plan)) for row in part]
+        own = sample_rows(plan)
+        rows = [row for part in gather(own) for row in part]
         if self._record is not None:
             step = self.state.global_step
-            chosen = self._record.choose_token_samples(step, [row["keep"] for row in sample_rows(plan)])
+            chosen = self._record.choose_token_samples(step, [row["keep"] for row in own])
             self._record.write_step(
                 {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()} | step_row(plan),
                 rows,
