@@ -5,6 +5,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define QT_ISA avx2
+#define QT_LANES 8
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
 #define QT_ISA avx512
+#define QT_LANES 16
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

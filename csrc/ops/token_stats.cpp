@@ -4,8 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
-#include <string.h>
-
+#include "../cpu/zero.h"
 #include "operators.h"
 #include "rows.h"
 #include "workspace.h"
@@ -62,8 +61,10 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                      upstream.row(row));
     }
   });
+  const int64_t row_bytes = to.vocabulary * to.element;
+  const bool streaming = (from.count - live) * row_bytes >= kStreamFrom;
   parallel_units(from.count - live, from.vocabulary, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) memset(to.at(order[live + i], 0), 0, to.vocabulary * to.element);
+    for (int64_t i = first; i < last; ++i) zero(to.at(order[live + i], 0), row_bytes, streaming);
   });
 }
 
