@@ -13,7 +13,8 @@ Variants of a group:
     eager Q-Tuning   Q-Tuning as one writes it first: full logits, log_softmax, a Python loop over samples
     ours 1×1         this package's step with both ratios 1: packing without pruning
     ours             this package's step at the ratios, scored in the training precision
-    ours, bf16 score the same, scored in bfloat16
+    ours, MKL        the same, its float32 products through MKL, as the other variants' are, instead of oneDNN
+    ours, bf16 score "ours", scored in bfloat16
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak_a
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
 PHASES = ("score", "select", "compact", "train", "optimizer")
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours, bf16 score")
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, MKL", "ours", "ours, bf16 score")
 
 
 def parse() -> argparse.Namespace:
@@ -198,7 +199,8 @@ def main() -> None:
             for row in rows:
                 print(group, allocator, row)
     plot(options.output)
-    fill(ROOT / "docs" / "benchmarks.md", tables(options.output))
+    if options.output == RESULTS / "step.csv":
+        fill(ROOT / "docs" / "benchmarks.md", tables(options.output))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from qtuning_kernels.causal_lm import CausalLM
 from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
 from qtuning_kernels.step import QTuningStep
 
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours, bf16 score")
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, MKL", "ours", "ours, bf16 score")
 Step = Callable[[int], dict[str, float]]
 
 
@@ -230,6 +230,13 @@ class Bench:
 
         return step
 
+    def without_onednn(self, step: Step) -> Step:
+        def run(index: int) -> dict[str, float]:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return step(index)
+
+        return run
+
     def variant(self, name: str) -> Step:
         ratios = (self.options.sample_ratio, self.options.token_ratio)
         build = {
@@ -237,6 +244,7 @@ class Bench:
             "full data, TRL": self.trl,
             "eager Q-Tuning": self.eager,
             "ours 1×1": lambda: self.ours(1.0, 1.0, "model"),
+            "ours, MKL": lambda: self.without_onednn(self.ours(*ratios, "model")),
             "ours": lambda: self.ours(*ratios, "model"),
             "ours, bf16 score": lambda: self.ours(*ratios, "bfloat16"),
         }

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtuning_kernels.cpu_linear import onednn_linear
+
 
 class CausalLM:
     """The parts of a Hugging Face causal language model that a step needs apart from each other.
@@ -132,7 +134,8 @@ def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def backbone(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """The hidden states ``[B, L, H]`` that enter the head."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    return decoder(input_ids=input_ids, use_cache=False, **positions)[0]
+    with onednn_linear(decoder):
+        return decoder(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
 def _scaling(config: Any) -> tuple[float, float | None]:

@@ -84,12 +84,11 @@ class Scorer:
             if self.dtype:
                 self._refresh_copy()
                 autocast = nullcontext
-            with torch.no_grad():
+            with torch.no_grad(), autocast():  # one context, which casts each weight once
                 for batch in batches:
                     self.tokens_scored += batch.input_ids.numel()
                     batch = batch.to(device)
-                    with autocast():
-                        result = self._forward(batch)
+                    result = self._forward(batch)
                     stats[0, batch.slots] = result.nll.to(stats.dtype)
                     stats[1, batch.slots] = result.entropy.to(stats.dtype)
         finally:
