@@ -4,18 +4,23 @@
 
 Agreement: 512 samples scored in bfloat16 and in float32; Spearman's rank correlation of both axes, and the share
 of kept samples that the two selections have in common, over pools of 16. Layouts: the same samples padded in groups
-of similar length, packed into rows, and padded to the pool's longest as a plain collator does, in turn.
-Rows go to benchmarks/results/scoring.csv.
+of similar length, packed into rows, and padded to the pool's longest as a plain collator does, in turn. Behind the
+backbone: the share of a scoring pass that head, softmax and entropy take, written in the obvious operations on the
+padded pool and through `linear_token_stats` on its answers. Rows go to benchmarks/results/scoring.csv.
 """
 
 import argparse
+import copy
+import statistics
 from pathlib import Path
 
 import torch
+import transformers
 
 from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, spread, write_rows
+from benchmarks.peers import eager_stats
 from benchmarks.step_variants import Bench
-from qtuning_kernels import eu_plane, scoring, triage_samples
+from qtuning_kernels import eu_plane, linear_token_stats, scoring, triage_samples
 from qtuning_kernels.batching import micro_batches, to_sample
 from qtuning_kernels.causal_lm import CausalLM, backbone
 
@@ -73,6 +78,42 @@ def layouts(bench: Bench, repeats: int) -> list[dict]:
     ]
 
 
+def behind_the_backbone(bench: Bench, repeats: int, dtype: torch.dtype) -> list[dict]:
+    """A scoring pass with and without what follows the backbone, in turn; the share is one minus their ratio."""
+    model = copy.deepcopy(bench.model).to(dtype).eval()
+    parts = CausalLM(model)
+    pool = bench.pool(0)
+    whole = transformers.DataCollatorForSeq2Seq(bench.tokenizer)(bench.features(0))
+    tokens, mask = whole["input_ids"], whole["attention_mask"]
+    labels = whole["labels"][:, 1:].clamp(min=0).flatten()
+    batches = micro_batches(pool, 8192)
+
+    @torch.no_grad()
+    def eager(head: bool) -> None:
+        hidden = parts.decoder(input_ids=tokens, attention_mask=mask, use_cache=False)[0]
+        if head:
+            eager_stats(parts.head(hidden[:, :-1]).flatten(0, 1), labels)
+
+    @torch.no_grad()
+    def native(head: bool) -> None:
+        for batch in batches:
+            hidden = backbone(parts.decoder, batch.input_ids, batch.position_ids).flatten(0, 1)
+            if head:
+                linear_token_stats(hidden[batch.rows], parts.head.weight, batch.labels)
+
+    passes = {"eager": eager, "native": native}
+    cases = {(name, head): lambda f=f, head=head: f(head) for name, f in passes.items() for head in (False, True)}
+    seconds = interleave(cases, repeats)
+    rows = []
+    for name in passes:
+        shares = [1 - a / b for a, b in zip(seconds[name, False], seconds[name, True], strict=True)]
+        low, middle, high = statistics.quantiles(shares, n=4, method="inclusive")
+        measure = f"share behind the backbone, {name}, {str(dtype).removeprefix('torch.')}"
+        value = f"{middle:.1%} ({low:.1%}–{high:.1%})"
+        rows.append({"measure": measure, "value": value} | spread(seconds[name, True]))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
@@ -82,19 +123,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--pool", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--no-layouts", action="store_true", help="only the agreement, which is no timing")
+    parser.add_argument("--no-timing", action="store_true", help="only the agreement")
     parser.add_argument("--output", type=Path, default=RESULTS / "scoring.csv")
     options = parser.parse_args()
     bench = Bench(options, "float32")
     common = environment() | {"data": Path(options.data).name if options.data else "word-problems"}
     rows = agreement(bench, options.count, options.pool)
-    if not options.no_layouts:
+    if not options.no_timing:
         rows += layouts(bench, options.repeats)
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += behind_the_backbone(bench, options.repeats, dtype)
     write_rows(options.output, [common | {"pool": options.pool} | row for row in rows])
     lines = [
         [
             row["measure"],
-            row.get("value") or f"{row['median_ms']} ms ({row['q1_ms']}–{row['q3_ms']}), {row['tokens']} tokens",
+            row.get("value")
+            or f"{float(row['median_ms']):.0f} ms ({float(row['q1_ms']):.0f}–{float(row['q3_ms']):.0f}), "
+            f"{row['tokens']} tokens",
         ]
         for row in rows
     ]
