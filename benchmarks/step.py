@@ -145,8 +145,8 @@ def plot(path: Path) -> None:
             widths = [float(latest[group, name][f"{phase}_s"]) for name in names]
             axis.barh(names, widths, left=left, color=color, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for y, (name, end) in enumerate(zip(names, left, strict=True)):
-            axis.text(end, y, f" {float(latest[group, name]['vs_full_data']):.1f}×", va="center", fontsize=8)
+        for name, end in zip(names, left, strict=True):  # panels share the axis of names, and may lack some
+            axis.text(end, name, f" {float(latest[group, name]['vs_full_data']):.1f}×", va="center", fontsize=8)
         axis.set(title=group, xlabel="seconds per optimiser step", xlim=(0, max(left) * 1.15))
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
