@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, spread, write_rows
+from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, read_rows, spread, write_rows
 from benchmarks.peers import eager_stats
 from benchmarks.step_variants import Bench
 from qtuning_kernels import eu_plane, linear_token_stats, scoring, triage_samples
 from qtuning_kernels.batching import micro_batches, to_sample
 from qtuning_kernels.causal_lm import CausalLM, backbone
+
+PARTS = ["agreement", "layouts", "behind"]
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -78,9 +80,9 @@ def layouts(bench: Bench, repeats: int) -> list[dict]:
     ]
 
 
-def behind_the_backbone(bench: Bench, repeats: int, dtype: torch.dtype) -> list[dict]:
+def behind_the_backbone(bench: Bench, repeats: int, dtype: str) -> list[dict]:
     """A scoring pass with and without what follows the backbone, in turn; the share is one minus their ratio."""
-    model = copy.deepcopy(bench.model).to(dtype).eval()
+    model = copy.deepcopy(bench.model).to(getattr(torch, dtype)).eval()
     parts = CausalLM(model)
     pool = bench.pool(0)
     whole = transformers.DataCollatorForSeq2Seq(bench.tokenizer)(bench.features(0))
@@ -108,7 +110,7 @@ def behind_the_backbone(bench: Bench, repeats: int, dtype: torch.dtype) -> list[
     for name in passes:
         shares = [1 - a / b for a, b in zip(seconds[name, False], seconds[name, True], strict=True)]
         low, middle, high = statistics.quantiles(shares, n=4, method="inclusive")
-        measure = f"share behind the backbone, {name}, {str(dtype).removeprefix('torch.')}"
+        measure = f"share behind the backbone, {name}, {dtype}"
         value = f"{middle:.1%} ({low:.1%}–{high:.1%})"
         rows.append({"measure": measure, "value": value} | spread(seconds[name, True]))
     return rows
@@ -123,17 +125,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--pool", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--no-timing", action="store_true", help="only the agreement")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="others keep their rows")
     parser.add_argument("--output", type=Path, default=RESULTS / "scoring.csv")
     options = parser.parse_args()
     bench = Bench(options, "float32")
     common = environment() | {"data": Path(options.data).name if options.data else "word-problems"}
-    rows = agreement(bench, options.count, options.pool)
-    if not options.no_timing:
-        rows += layouts(bench, options.repeats)
-        for dtype in (torch.float32, torch.bfloat16):
-            rows += behind_the_backbone(bench, options.repeats, dtype)
-    write_rows(options.output, [common | {"pool": options.pool} | row for row in rows])
+    measure = {
+        "agreement": lambda: agreement(bench, options.count, options.pool),
+        "layouts": lambda: layouts(bench, options.repeats),
+        "behind": lambda: [
+            row for dtype in ("float32", "bfloat16") for row in behind_the_backbone(bench, options.repeats, dtype)
+        ],
+    }
+    rows = read_rows(options.output) if options.output.exists() else []
+    for part in options.only:
+        new = [common | {"pool": options.pool, "part": part} | row for row in measure[part]()]
+        rows = [row for row in rows if row.get("part") != part] + new
+        write_rows(options.output, rows)
     lines = [
         [
             row["measure"],
