@@ -17,7 +17,6 @@ from qtuning_kernels.causal_lm import CausalLM
 from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
 from qtuning_kernels.step import QTuningStep
 
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, MKL", "ours", "ours, bf16 score")
 Step = Callable[[int], dict[str, float]]
 
 

@@ -63,10 +63,14 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def onednn_linear(module: nn.Module) -> AbstractContextManager:
     """A context for the forwards of `module` in which its float32 linear layers run through oneDNN.
 
-    It changes nothing where PyTorch has no MKL to replace, where oneDNN is off (`torch.backends.mkldnn`), and where
-    activations are checkpointed: they are computed again in the backward, outside of the context, and have to save the
-    same tensors there.
+    It changes nothing where the module is not on a CPU, where PyTorch has no MKL to replace, where oneDNN is off
+    (`torch.backends.mkldnn`), and where activations are checkpointed: they are computed again in the backward, outside
+    of the context, and have to save the same tensors there.
     """
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    parameter = next(module.parameters(), None)
+    elsewhere = parameter is not None and parameter.device.type != "cpu"
+    if elsewhere or not both or not torch.backends.mkldnn.enabled:
+        return nullcontext()
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
-    return _OneDNN() if both and torch.backends.mkldnn.enabled and not checkpointed else nullcontext()
+    return nullcontext() if checkpointed else _OneDNN()

@@ -27,8 +27,6 @@ struct Kernels {
   void (*fill)(DType, void* out, int64_t n, double value);
   // sum[i] += x[i]; sum is float64 for float64, else float32
   void (*accumulate)(DType, const void* x, void* sum, int64_t n);
-  // x[i] = sum[i], rounded
-  void (*round)(DType, const void* sum, void* x, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);  // for tests
 };
 
