@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtuning_kernels.cpu_linear import onednn_linear
+from qtuning_kernels.cpu_layers import cpu_layers
 
 
 class CausalLM:
@@ -99,7 +99,7 @@ class CausalLM:
         training = self.base.training
         self.base.eval()
         try:
-            with onednn_linear(self.base):  # the same products on both sides: rounding may add up to more than eps
+            with cpu_layers(self.base):  # the same layers on both sides: rounding may add up to more than eps
                 expected = self.base(input_ids=input_ids, use_cache=False).logits.float()
                 hidden = backbone(self.decoder, input_ids)
                 logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
@@ -135,7 +135,7 @@ def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def backbone(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """The hidden states ``[B, L, H]`` that enter the head."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    with onednn_linear(decoder):
+    with cpu_layers(decoder):
         return decoder(input_ids=input_ids, use_cache=False, **positions)[0]
 
 

@@ -27,6 +27,8 @@ TORCH_LIBRARY(qtuning_native, m) {
   m.def("linear_token_stats", &qt::linear_token_stats);
   m.def("linear_token_stats_backward", &qt::linear_token_stats_backward);
   m.def("linear_cross_entropy", &qt::linear_cross_entropy);
+  m.def("causal_attention", &qt::causal_attention);
+  m.def("causal_attention_backward", &qt::causal_attention_backward);
   m.def("segment_means", &qt::segment_means);
   m.def("triage_rank", &qt::triage_rank);
   m.def("select_tokens", &qt::select_tokens);

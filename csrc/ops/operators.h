@@ -36,6 +36,12 @@ Tensors4 linear_cross_entropy(const Tensor& hidden, const Tensor& weight, const 
                               const OptTensor& token_weight, int64_t ignore_index, double logit_scale,
                               OptDouble softcap, std::array<bool, 3> needs);
 
+// What cpu_layers.py puts in the place of scaled_dot_product_attention; query [B, heads, L, D], key and value
+// [B, key heads, L, D], as is the result.
+Tensor causal_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale);
+Tensors3 causal_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
+                                   double scale);
+
 Tensor segment_means(const Tensor& values, const Tensor& cu_seqlens);
 Tensors6 triage_rank(const Tensor& ppl, const Tensor& entropy, int64_t k);
 Tensor select_tokens(const Tensor& ppl, const Tensor& cu_seqlens, const Tensor& num_keep, double neighbor_weight,
