@@ -13,8 +13,8 @@ Variants of a group:
     eager Q-Tuning   Q-Tuning as one writes it first: full logits, log_softmax, a Python loop over samples
     ours 1×1         this package's step with both ratios 1: packing without pruning
     ours             this package's step at the ratios, scored in the training precision
-    ours, MKL        the same, its float32 products through MKL, as the other variants' are, instead of oneDNN
     ours, bf16 score "ours", scored in bfloat16
+    ours, PyTorch's layers  "ours", the backbone's linear layers and attention as PyTorch computes them for the others
 """
 
 import argparse
@@ -30,7 +30,8 @@ from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak_a
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
 PHASES = ("score", "select", "compact", "train", "optimizer")
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, MKL", "ours", "ours, bf16 score")
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, PyTorch's layers", "ours",
+            "ours, bf16 score")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sample-ratio", type=float, default=0.125)
     parser.add_argument("--token-ratio", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sweep", action="store_true", help="ours over budgets and pool sizes, float32")
+    parser.add_argument("--sweep", action="store_true", help="ours, scored in bfloat16, over budgets")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the CSV")
     parser.add_argument("--output", type=Path, default=RESULTS / "step.csv")
@@ -66,7 +67,8 @@ def child(options: argparse.Namespace) -> None:
         return
     if options.child == "sweep":
         budgets = [(r, t) for r in (0.125, 0.25, 0.5) for t in (0.5, 0.7, 1.0)]
-        steps = {f"ours {r:.1%} × {t:.0%}": bench.ours(r, t, "bfloat16") for r, t in budgets}
+        steps = {"full data": bench.variant("full data")}
+        steps |= {f"ours {r:.1%} × {t:.0%}": bench.ours(r, t, "bfloat16") for r, t in budgets}
     else:
         steps = {name: bench.variant(name) for name in options.variants}
     for index in range(-1, options.repeats):  # the first round warms up
@@ -155,28 +157,43 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
+def versus(row: dict, baseline: str) -> str:
+    """Median and quartiles of the speed-up over a baseline, if it was measured."""
+    value, low, high = (row.get(f"vs_{baseline}{edge}") for edge in ("", "_q1", "_q3"))
+    return f"{float(value):.2f}× ({float(low):.2f}–{float(high):.2f})" if value else ""
+
+
 def tables(path: Path) -> dict[str, str]:
     """The tables of docs/benchmarks.md: the latest row of each group, allocator and variant."""
-    latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in read_rows(path)}
-    parts = {}
+    rows = read_rows(path)
+    latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in rows}
+    parts = {"sweep": sweep_table([r for r in rows if r["kind"] == "sweep"])}
     for group in GROUPS:
         rows = []
         for (kind, of, allocator, variant), row in latest.items():
             if kind != "time" or of != group:
                 continue
             peak = latest.get(("memory", of, allocator, variant), {}).get("peak_mib", "")
-            versus = [
-                f"{float(row[f'vs_{b}']):.2f}× ({float(row[f'vs_{b}_q1']):.2f}–{float(row[f'vs_{b}_q3']):.2f})"
-                if row.get(f"vs_{b}")
-                else ""
-                for b in ("full_data", "eager_Q-Tuning", "ours_1x1")
-            ]
+            ratios = [versus(row, b) for b in ("full_data", "eager_Q-Tuning", "ours_1x1")]
             seconds = [f"{float(row[f'{phase}_s']):.2f}" for phase in ("score", "select", "train", "optimizer")]
             peak = f"{float(peak):.0f}" if peak else ""
-            rows.append([variant, allocator, f"{float(row['median_s']):.2f}", *versus, *seconds, peak])
+            rows.append([variant, allocator, f"{float(row['median_s']):.2f}", *ratios, *seconds, peak])
         head = ["step", "allocator", "median s", "vs full data", "vs eager Q-Tuning", "vs ours 1×1"]
         parts[group] = markdown([*head, "score s", "select s", "train s", "optimizer s", "peak MiB"], rows)
     return parts
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """The latest row of each group, pool size and budget."""
+    latest = {(r["group"], int(r["pool"]), r["variant"]): r for r in rows}
+    lines = [
+        [group, pool, variant, f"{float(row['median_s']):.2f}", versus(row, "full_data")]
+        + [f"{float(row[f'{phase}_s']):.4f}" if phase == "select" else f"{float(row[f'{phase}_s']):.2f}"
+           for phase in PHASES if phase != "compact"]
+        for (group, pool, variant), row in sorted(latest.items())
+    ]  # fmt: skip
+    head = ["", "pool", "step", "median s", "vs full data", "score s", "select s", "train s", "optimizer s"]
+    return markdown(head, lines)
 
 
 def main() -> None:
