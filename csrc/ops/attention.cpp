@@ -42,15 +42,17 @@ template <typename F>
 void for_heads(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, double scale,
                int64_t elements, const F& f) {
   const int64_t heads = query.size(1), group = heads / key.size(1);
+  const int64_t apart = padded(elements * sizeof(float)) / sizeof(float), threads = at::get_num_threads();
+  Workspace workspace(threads * apart * sizeof(float));
+  float* const scratch = workspace.take<float>(threads * apart);
   at::parallel_for(0, query.size(0) * heads, 1, [&](int64_t first, int64_t last) {
-    Workspace workspace(padded(elements * sizeof(float)));
-    float* scratch = workspace.take<float>(elements);
+    float* own = scratch + at::get_thread_num() * apart;
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t b = unit / heads, head = unit % heads;
       f(AttentionHead{head_of(query, b, head), head_of(key, b, head / group), head_of(value, b, head / group),
                       head_of(out, b, head), query.size(2), query.size(3), float(scale),
                       /*packed=*/unit > first && head % group > 0},
-        b, head, scratch);
+        b, head, own);
     }
   });
 }
