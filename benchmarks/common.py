@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, peak memory, and CSV rows that say where they come from."""
 
 import csv
+import ctypes
 import gc
 import os
 import platform
@@ -105,15 +106,16 @@ def _status_kib(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak_above(call: Callable[[], object]) -> float:
-    """MiB by which the resident peak during `call` exceeds what was resident before it (Linux)."""
+def peak(call: Callable[[], object]) -> tuple[float, float]:
+    """MiB resident at the peak of `call`, and by how much that exceeds what was resident before it (Linux, glibc)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed and the allocator kept is not in use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_kib("VmRSS")
     result = call()
-    peak = _status_kib("VmHWM")
+    highest = _status_kib("VmHWM")
     del result
-    return (peak - before) / 1024
+    return highest / 1024, (highest - before) / 1024
 
 
 def in_child(module: str, arguments: Iterable[str]) -> str:

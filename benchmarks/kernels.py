@@ -27,7 +27,7 @@ from benchmarks.common import (
     in_child,
     interleave,
     markdown,
-    peak_above,
+    peak,
     read_rows,
     spread,
     write_rows,
@@ -183,12 +183,12 @@ def time_group(group: str, shape: Shape, repeats: int, clock: str, **options: ob
 def measure_memory(kind: str, name: str, shape: Shape) -> dict[str, object]:
     fields = {"n": shape.n, "h": shape.h, "v": shape.v, "dtype": shape.dtype}
     arguments = ["--peak", kind, name, *(str(value) for value in fields.values())]
-    peak = float(in_child("benchmarks.kernels", arguments))
+    above = float(in_child("benchmarks.kernels", arguments))
     print(
-        f"{kind:17}{shape.dtype:9} n={shape.n} v={shape.v} {name:24}{peak:10.1f} MiB above its inputs",
+        f"{kind:17}{shape.dtype:9} n={shape.n} v={shape.v} {name:24}{above:10.1f} MiB above its inputs",
         flush=True,
     )
-    return {"group": f"{kind}_memory", "what": name, **fields, "clock": "", "peak_mib": f"{peak:.1f}"}
+    return {"group": f"{kind}_memory", "what": name, **fields, "clock": "", "peak_mib": f"{above:.1f}"}
 
 
 def peak_in_this_process(kind: str, name: str, shape: Shape) -> float:
@@ -197,7 +197,7 @@ def peak_in_this_process(kind: str, name: str, shape: Shape) -> float:
         call()  # the compiler's own memory does not count
     else:  # threads, and the libraries' buffers
         memory_case(kind, name, Shape(n=64, h=64, v=512, dtype=shape.dtype))()
-    return peak_above(call)
+    return peak(call)[1]
 
 
 def plan(quick: bool, sweeps: bool) -> list[tuple[str, Shape, dict]]:

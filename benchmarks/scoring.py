@@ -132,7 +132,7 @@ def attention(bench: Bench, repeats: int, dtype: str) -> list[dict]:
         leaves = [t.clone().requires_grad_() for t in tensors]
 
         def run(native: bool, backward: bool, tensors: list = tensors, leaves: list = leaves) -> None:
-            with cpu_layers(bench.base) if native else nullcontext():
+            with cpu_layers(torch.nn.Identity()) if native else nullcontext():
                 out = scaled_dot_product_attention(*(leaves if backward else tensors), is_causal=True, enable_gqa=True)
             if backward:
                 torch.autograd.grad(out, leaves, tensors[0])

@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak_above, read_rows, write_rows
+from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak, read_rows, write_rows
 
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
@@ -62,12 +62,12 @@ def child(options: argparse.Namespace) -> None:
     bench = Bench(options, options.groups[0])
     if options.child == "memory":
         step = bench.variant(options.variants[0])
-        step(1)  # the optimiser's state is there before and after
-        print(json.dumps({"variant": options.variants[0], "peak_mib": peak_above(lambda: step(0))}))
+        step(1)  # the optimiser's state and a copy of the weights are there before and after
+        print(json.dumps({"variant": options.variants[0], "peak_mib": peak(lambda: step(0))[0]}))
         return
     if options.child == "sweep":
         budgets = [(r, t) for r in (0.125, 0.25, 0.5) for t in (0.5, 0.7, 1.0)]
-        steps = {"full data": bench.variant("full data")}
+        steps = {name: bench.variant(name) for name in options.variants if name == "full data"}  # much memory
         steps |= {f"ours {r:.1%} × {t:.0%}": bench.ours(r, t, "bfloat16") for r, t in budgets}
     else:
         steps = {name: bench.variant(name) for name in options.variants}
@@ -173,11 +173,11 @@ def tables(path: Path) -> dict[str, str]:
         for (kind, of, allocator, variant), row in latest.items():
             if kind != "time" or of != group:
                 continue
-            peak = latest.get(("memory", of, allocator, variant), {}).get("peak_mib", "")
+            resident = latest.get(("memory", of, allocator, variant), {}).get("peak_mib", "")
             ratios = [versus(row, b) for b in ("full_data", "eager_Q-Tuning", "ours_1x1")]
             seconds = [f"{float(row[f'{phase}_s']):.2f}" for phase in ("score", "select", "train", "optimizer")]
-            peak = f"{float(peak):.0f}" if peak else ""
-            rows.append([variant, allocator, f"{float(row['median_s']):.2f}", *ratios, *seconds, peak])
+            resident = f"{float(resident):.0f}" if resident else ""
+            rows.append([variant, allocator, f"{float(row['median_s']):.2f}", *ratios, *seconds, resident])
         head = ["step", "allocator", "median s", "vs full data", "vs eager Q-Tuning", "vs ours 1×1"]
         parts[group] = markdown([*head, "score s", "select s", "train s", "optimizer s", "peak MiB"], rows)
     return parts

@@ -28,10 +28,10 @@ struct AttentionHead {
 };
 
 // A length and a dimension rounded up to whole tiles of any instruction set.
-inline int64_t attention_padded(int64_t length) { return (length + 47) / 48 * 48; }
-inline int64_t attention_width(int64_t dim) { return (dim + 15) / 16 * 16; }
+QT_FUNCTION int64_t attention_padded(int64_t length) { return (length + 47) / 48 * 48; }
+QT_FUNCTION int64_t attention_width(int64_t dim) { return (dim + 15) / 16 * 16; }
 // The float32 elements to work in, for `copies` of keys or values and `rows` blocks of scores.
-inline int64_t attention_workspace(int64_t length, int64_t dim, int64_t copies, int64_t rows) {
+QT_FUNCTION int64_t attention_workspace(int64_t length, int64_t dim, int64_t copies, int64_t rows) {
   return attention_padded(length) * (copies * attention_width(dim) + 8 * rows) + 3 * 8 * attention_width(dim);
 }
 
