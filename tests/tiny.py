@@ -30,6 +30,8 @@ _CONFIGS = {
 }  # fmt: skip
 ARCHITECTURES = tuple(_CONFIGS)
 
+PRUNING = {"sample_ratio": 0.25, "token_ratio": 0.5}
+
 
 def tiny_model(architecture: str = "llama-tied", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The same weights on every call; larger than usual, so that perplexities differ."""
