@@ -14,7 +14,7 @@ Variants of a group:
     ours 1×1         this package's step with both ratios 1: packing without pruning
     ours             this package's step at the ratios, scored in the training precision
     ours, bf16 score "ours", scored in bfloat16
-    ours, PyTorch's layers  "ours", the backbone's linear layers and attention as PyTorch computes them for the others
+    ours, PyTorch's layers  "ours" without oneDNN in float32 and without the native attention, as the first ones are
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sample-ratio", type=float, default=0.125)
     parser.add_argument("--token-ratio", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sweep", action="store_true", help="ours, scored in bfloat16, over budgets")
+    parser.add_argument("--sweep", action="store_true", help="ours, scored in bfloat16, and full data, over budgets")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the CSV")
     parser.add_argument("--output", type=Path, default=RESULTS / "step.csv")
@@ -165,9 +165,9 @@ def versus(row: dict, baseline: str) -> str:
 
 def tables(path: Path) -> dict[str, str]:
     """The tables of docs/benchmarks.md: the latest row of each group, allocator and variant."""
-    rows = read_rows(path)
-    latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in rows}
-    parts = {"sweep": sweep_table([r for r in rows if r["kind"] == "sweep"])}
+    stored = read_rows(path)
+    latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in stored}
+    parts = {"sweep": sweep_table([r for r in stored if r["kind"] == "sweep"])}
     for group in GROUPS:
         rows = []
         for (kind, of, allocator, variant), row in latest.items():
