@@ -24,7 +24,7 @@ bench: $(VENV)/installed $(VENV)/fetched
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.scoring $(STEP)
 	$(BIN)/python -m benchmarks.step $(STEP)
-	$(BIN)/python benchmarks/gpu_static.py
+	$(BIN)/python -m benchmarks.gpu_static
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

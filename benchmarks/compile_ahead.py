@@ -3,10 +3,11 @@
 from typing import Any
 
 import triton
-from machine_code import Kernel, read_amdgcn, read_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from benchmarks.machine_code import Kernel, read_amdgcn, read_cubin
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

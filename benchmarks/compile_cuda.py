@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from machine_code import Kernel, read_cubin
+from benchmarks.machine_code import Kernel, read_cubin
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -1,6 +1,6 @@
 """Times the GPU kernels against their peers. NOT YET RUN on a GPU: no figure from it exists so far.
 
-    python benchmarks/gpu.py [--dry-run] [--rows 8192] [--vocabulary 128256] [--hidden 4096]
+    python -m benchmarks.gpu [--dry-run] [--rows 8192] [--vocabulary 128256] [--hidden 4096]
 
 CUDA events around each call, the L2 cache flushed before it, cases interleaved, median of many; throughput is
 given in GB/s and as a share of the copy bandwidth measured in the same run. Writes results/gpu.csv.
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import environment, write_rows
 from torch import Tensor
 from torch.nn import functional
 
 import qtuning_kernels as qk
-from qtuning_kernels.ops import unavailable_reason
+from benchmarks.common import environment, write_rows
+from qtuning_kernels.kernels.dispatch import unavailable_reason
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.06, 0.25, 1.0)  # of kept tokens

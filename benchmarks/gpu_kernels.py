@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from machine_code import Kernel
+from benchmarks.machine_code import Kernel
 
 VOCABULARY = {True: 128256, False: 50257}  # divisible by 16, and odd
 HIDDEN = 4096

@@ -1,6 +1,6 @@
 """What compiled code says about the GPU kernels, ours and the peers', without a GPU.
 
-    python benchmarks/gpu_static.py [--arch sm_90 …] [--library qtuning-kernels …]
+    python -m benchmarks.gpu_static [--arch sm_90 …] [--library qtuning-kernels …]
 
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
 results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Peers are read
@@ -14,12 +14,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined; inter
 
 from pathlib import Path
 
-import gpu_static_cuda
 import triton
-from common import fill, markdown, read_rows, write_rows
-from compile_ahead import TARGETS, compile_kernel
-from gpu_kernels import LIBRARIES as TRITON_LIBRARIES
-from gpu_kernels import Entry
+
+from benchmarks import gpu_static_cuda
+from benchmarks.common import fill, markdown, read_rows, write_rows
+from benchmarks.compile_ahead import TARGETS, compile_kernel
+from benchmarks.gpu_kernels import LIBRARIES as TRITON_LIBRARIES
+from benchmarks.gpu_kernels import Entry
 
 LIBRARIES = TRITON_LIBRARIES | {gpu_static_cuda.LIBRARY: gpu_static_cuda.entries}
 RESULTS = Path(__file__).parent / "results"

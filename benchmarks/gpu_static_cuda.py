@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-import compile_cuda
-from gpu_kernels import Entry
+from benchmarks import compile_cuda
+from benchmarks.gpu_kernels import Entry
 
 LIBRARY = "qtuning-kernels, CUDA C++"
 

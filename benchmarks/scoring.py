@@ -23,10 +23,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, read_rows, spread, write_rows
 from benchmarks.peers import eager_stats
 from benchmarks.step_variants import Bench
-from qtuning_kernels import eu_plane, linear_token_stats, scoring, triage_samples
-from qtuning_kernels.batching import micro_batches, to_sample
-from qtuning_kernels.causal_lm import CausalLM, backbone
-from qtuning_kernels.cpu_layers import cpu_layers
+from qtuning_kernels import eu_plane, linear_token_stats, triage_samples
+from qtuning_kernels.data.samples import micro_batches, to_sample
+from qtuning_kernels.models import scoring
+from qtuning_kernels.models.causal_lm import CausalLM, backbone
+from qtuning_kernels.models.cpu_layers import cpu_layers
 
 PARTS = ["agreement", "layouts", "behind", "attention"]
 

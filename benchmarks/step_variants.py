@@ -11,12 +11,13 @@ import datasets
 import torch
 import transformers
 
-from qtuning_kernels import QTuningConfig, causal_lm
-from qtuning_kernels.accounting import PHASES
-from qtuning_kernels.batching import to_sample
-from qtuning_kernels.causal_lm import CausalLM
+from qtuning_kernels import QTuningConfig
 from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
-from qtuning_kernels.step import QTuningStep
+from qtuning_kernels.data.samples import to_sample
+from qtuning_kernels.models import causal_lm
+from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.training.accounting import PHASES
+from qtuning_kernels.training.step import QTuningStep
 
 Step = Callable[[int], dict[str, float]]
 

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.functional import TokenStats, linear_cross_entropy, linear_token_stats, token_stats
-from qtuning_kernels.ops import BackendUnavailableError, backend
+from qtuning_kernels.kernels.dispatch import BackendUnavailableError, backend
+from qtuning_kernels.kernels.functional import TokenStats, linear_cross_entropy, linear_token_stats, token_stats
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
 
 if TYPE_CHECKING:
-    from qtuning_kernels.trainer import QTuningTrainer
+    from qtuning_kernels.training.trainer import QTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "QTuningTrainer":  # imports transformers, which users of the kernels need not have loaded
-        from qtuning_kernels.trainer import QTuningTrainer
+        from qtuning_kernels.training.trainer import QTuningTrainer
 
         return QTuningTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

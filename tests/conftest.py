@@ -8,10 +8,10 @@ if not torch.cuda.is_available():
     # read by Triton when a kernel is defined: its backend then runs on CPU tensors, in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from qtuning_kernels.ops import BACKENDS, unavailable_reason
+from qtuning_kernels.kernels.dispatch import BACKENDS, unavailable_reason
+from tests.interpreter import quicken
 
 from . import cuda_emulator
-from .interpreter import quicken
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qtuning_kernels.record import RunRecord, write_texts
+from qtuning_kernels.run_record.writer import RunRecord, write_texts
 
 WORDS = [
     "sold",

@@ -3,7 +3,7 @@
 Imported as `qtuning_kernels.triton_kernels`.
 """
 
-from qtuning_kernels.ops import BackendUnavailableError
+from qtuning_kernels.kernels.dispatch import BackendUnavailableError
 
 try:
     import triton  # noqa: F401

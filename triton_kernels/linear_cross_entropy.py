@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qtuning_kernels.ops import stats_dtype
+from qtuning_kernels.kernels.dispatch import stats_dtype
 from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
 from qtuning_kernels.triton_kernels.linear_token_stats import linear_token_stats
 from qtuning_kernels.triton_kernels.token_stats_backward import launch as launch_backward

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtuning_kernels.ops import stats_dtype
+from qtuning_kernels.kernels.dispatch import stats_dtype
 from qtuning_kernels.triton_kernels.gemm import column_sums, live_rows, multiply
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, dot_precision, on_device, rounded
 from qtuning_kernels.triton_kernels.linear_token_stats import project_tile, tile_config

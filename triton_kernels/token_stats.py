@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtuning_kernels.ops import stats_dtype
+from qtuning_kernels.kernels.dispatch import stats_dtype
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qtuning_kernels import fetch
+from qtuning_kernels.demo import assets as fetch
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:

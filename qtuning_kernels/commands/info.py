@@ -5,7 +5,8 @@ import os
 import platform
 from importlib import metadata
 
-from qtuning_kernels import fetch, ops
+from qtuning_kernels.demo import assets as fetch
+from qtuning_kernels.kernels import dispatch as ops
 
 _DISTRIBUTIONS = ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton")
 

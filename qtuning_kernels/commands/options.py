@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels import fetch
 from qtuning_kernels.config import SCORE_DTYPES
-from qtuning_kernels.records import reads_as_path
+from qtuning_kernels.data.sources import reads_as_path
+from qtuning_kernels.demo import assets as fetch
 
 _EMBEDDED_SPLITS = ("train", "eval")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -211,8 +211,8 @@ def load_model(source: str) -> Any:
 
 def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     """(records, samples, report) of the data that is asked for."""
-    from qtuning_kernels.data import tokenize_records
-    from qtuning_kernels.records import read_records
+    from qtuning_kernels.data.sources import read_records
+    from qtuning_kernels.data.tokenization import tokenize_records
 
     data, prompt_field, completion_field = data_source(arguments)
     records = read_records(data, split=arguments.data_split or "train", config=arguments.data_config)
@@ -228,7 +228,7 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
 
 
 def _shape(arguments: argparse.Namespace, records: Any) -> Any:
-    from qtuning_kernels.conversations import detect_shape
+    from qtuning_kernels.data.conversations import detect_shape
 
     _, prompt_field, completion_field = data_source(arguments)
     return detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
@@ -249,7 +249,7 @@ def texts(arguments: argparse.Namespace, records: Any, samples: Any) -> Iterator
 
 def text_limit(samples: Any) -> int:
     """Characters of a text that a record keeps, so that those of all samples stay within 200 MB."""
-    from qtuning_kernels.record import TEXT_LIMIT
+    from qtuning_kernels.run_record.writer import TEXT_LIMIT
 
     return max(100, min(TEXT_LIMIT, 200_000_000 // (2 * len(samples))))
 

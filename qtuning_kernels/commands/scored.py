@@ -11,9 +11,9 @@ def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, cons
     import torch
     from rich.progress import track
 
-    from qtuning_kernels.batching import to_sample
-    from qtuning_kernels.causal_lm import CausalLM
-    from qtuning_kernels.scoring import Scorer, Scores
+    from qtuning_kernels.data.samples import to_sample
+    from qtuning_kernels.models.causal_lm import CausalLM
+    from qtuning_kernels.models.scoring import Scorer, Scores
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).requires_grad_(False)  # so that a copy in another precision is made once

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
-    from qtuning_kernels.selection import select
+    from qtuning_kernels.training.selection import select
 
     options.quiet_libraries()
     console = Console()
@@ -93,7 +93,7 @@ def _record(records: Any, samples: Any, index: int) -> dict[str, Any]:
 
 def _token_rows(samples: Any, selection: Any, token_mode: str) -> Iterable[dict[str, Any]]:
     """Tokenised samples, labels −100 where nothing is trained."""
-    from qtuning_kernels.batching import IGNORE_INDEX, to_sample
+    from qtuning_kernels.data.samples import IGNORE_INDEX, to_sample
 
     for index in _kept(selection):
         row = samples[index]

@@ -110,8 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qtuning_kernels import QTuningConfig
-    from qtuning_kernels.panel import RunPanel
-    from qtuning_kernels.record import write_texts
+    from qtuning_kernels.commands.panel import RunPanel
+    from qtuning_kernels.run_record.writer import write_texts
 
     options.quiet_libraries()
     console = Console()

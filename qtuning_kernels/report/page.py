@@ -9,10 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qtuning_kernels.record import Record, RecordError, read_record
-from qtuning_kernels.record_reader import STEP_COLUMNS
 from qtuning_kernels.report import figures, pictures, plane, summary, texts
 from qtuning_kernels.report.plane_file import read_plane_file
+from qtuning_kernels.run_record.reader import STEP_COLUMNS
+from qtuning_kernels.run_record.writer import Record, RecordError, read_record
 
 _PLANE_SUFFIXES = (".parquet", ".pq")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qtuning_kernels.record import Record
+from qtuning_kernels.run_record.writer import Record
 
 QUADRANTS = {
     1: "Q1 harmful noise",

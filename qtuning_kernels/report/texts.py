@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qtuning_kernels.record import Record
+from qtuning_kernels.run_record.writer import Record
 
 TEXT_BYTES = 8_000_000  # of all excerpts that hovering shows
 EXCERPT = 600  # characters of a prompt or answer, at most

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtuning_kernels import ops
+from qtuning_kernels.kernels import dispatch as ops
 
 _ROOT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
@@ -63,5 +63,5 @@ def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := why_not():
         pytest.skip(f"backend cuda: {reason}")
     monkeypatch.setenv("QTUNING_CUDA_EMULATOR", str(library()))
-    if "qtuning_kernels.cuda" not in sys.modules:
+    if "qtuning_kernels.kernels.cuda" not in sys.modules:
         ops._table.cache_clear()  # another test may have asked, and found no extension

@@ -1,0 +1,304 @@
+"""From records to training samples: chat template, tokens, labels on the answers alone, truncation."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qtuning_kernels.data.conversations import Message, NoAnswerError, Shape, detect_shape
+from qtuning_kernels.data.sources import DataError, Records, read_records
+
+IGNORE_INDEX = -100
+_BATCH = 1000
+_EXAMPLES = 5
+
+Span = tuple[int, int]  # characters [start, end) of a rendered conversation
+
+
+@dataclass
+class DataReport:
+    """What became of the records.
+
+    Attributes:
+        source, shape, columns, unused_columns: where they came from and how they were read.
+        read: records in the source; `read - skipped` samples remain.
+        skipped: records left out because no answer token is there to train on.
+        truncated: samples cut to the cutoff.
+        tokens, answer_tokens: totals over the samples.
+        skipped_examples: the first few that were skipped, with place and reason.
+    """
+
+    source: str
+    shape: str
+    columns: tuple[str, ...]
+    unused_columns: tuple[str, ...]
+    read: int = 0
+    skipped: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    skipped_examples: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        unused = f"; not used: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        lines = [
+            f"{self.source}: {self.shape} ({', '.join(self.columns)}){unused}",
+            f"{self.read} records read, {self.skipped} skipped, {self.truncated} truncated; "
+            f"{self.tokens} tokens, {self.answer_tokens} of them answers",
+            *(f"skipped {example}" for example in self.skipped_examples),
+        ]
+        return "\n".join(lines)
+
+
+def load_sft_dataset(
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    **kwargs,
+) -> tuple[Dataset, DataReport]:
+    """`read_records` and `tokenize_records` in one call; keyword arguments are theirs."""
+    return tokenize_records(read_records(data, split=split, config=config), tokenizer, **kwargs)
+
+
+def tokenize_records(
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
+    cutoff: int = 2048,
+    skip_without_answer: bool = False,
+) -> tuple[Dataset, DataReport]:
+    """Training samples of `records`, in their order.
+
+    With a chat template a record is rendered by it, and the labels cover every message of the assistant and
+    the end-of-turn token behind it, where the sample ends. Without one the text is prompt, completion,
+    end-of-sequence token.
+
+    A sample of more than `cutoff` tokens loses its end. Where the prompt alone takes more than half of the
+    cutoff, it loses its beginning first, until the first answer, or `cutoff // 2` tokens of it, fits: no
+    sample is ever left without an answer token.
+
+    Args:
+        records: what `read_records` returned.
+        tokenizer: a fast tokenizer (labels are found through character offsets).
+        prompt_field, completion_field: columns to use where the shape is none of the usual four.
+        cutoff: the most tokens of a sample, at least 2.
+        skip_without_answer: leave out records without an answer and count them, instead of raising.
+
+    Returns:
+        A dataset with ``input_ids`` (list of int32), ``labels`` (the same, `IGNORE_INDEX` outside the answers
+        and on a first token, which nothing predicts) and ``sample_id`` (int64, the 0-based record number),
+        and a report.
+
+    Raises:
+        DataError: a record cannot be used; names its file and line.
+        ValueError: `cutoff` below 2, or a slow tokenizer.
+    """
+    if cutoff < 2:
+        raise ValueError(f"cutoff={cutoff!r} must be at least 2: an answer token and one to predict it from")
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no character offsets; a fast one is needed")
+    shape = detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
+    columns = tuple(c for c in shape.columns if c in records.columns)
+    report = DataReport(
+        source=records.source,
+        shape=shape.name,
+        columns=columns,
+        unused_columns=tuple(c for c in records.columns if c not in columns),
+        read=len(records),
+    )
+    renderer = _TemplateRenderer(tokenizer) if tokenizer.chat_template else _PlainRenderer(tokenizer, shape)
+    rendered = _render_all(records, shape, renderer, report, skip_without_answer)
+    # one Arrow table per batch: lists of Python integers for a whole data set would not fit into memory
+    tables = []
+    while batch := list(islice(rendered, _BATCH)):
+        tables.append(_tokenize(batch, tokenizer, renderer.add_special_tokens, records, cutoff, report))
+    if report.read == report.skipped:
+        raise DataError(f"{records.source}: no record has an answer token; {'; '.join(report.skipped_examples)}")
+    return Dataset(pa.concat_tables(tables)), report
+
+
+def _skip(report: DataReport, where: str, why: object) -> None:
+    report.skipped += 1
+    if len(report.skipped_examples) < _EXAMPLES:
+        report.skipped_examples.append(f"{where}: {why}")
+
+
+def _render_all(
+    records: Records,
+    shape: Shape,
+    renderer: "_TemplateRenderer | _PlainRenderer",
+    report: DataReport,
+    skip_without_answer: bool,
+) -> Iterator[tuple[int, str, list[Span]]]:
+    for index, row in enumerate(records):
+        try:
+            text, spans = renderer.render(shape.to_messages(row))
+            text.encode()  # the tokenizer cannot take half a surrogate pair, which JSON can spell
+        except NoAnswerError as error:
+            if not skip_without_answer:
+                raise NoAnswerError(f"{records.place(index)}: {error}") from None
+            _skip(report, records.place(index), error)
+        except UnicodeEncodeError as error:
+            raise DataError(f"{records.place(index)}: not valid Unicode text: {error.reason}") from None
+        except DataError as error:
+            raise DataError(f"{records.place(index)}: {error}") from None
+        except TemplateError as error:
+            raise DataError(f"{records.place(index)}: the model's chat template refuses it: {error}") from None
+        else:
+            yield index, text, spans
+
+
+class _PlainRenderer:
+    """Messages one after the other, each answer followed by the end-of-sequence token."""
+
+    add_special_tokens = True  # the tokenizer's own beginning, since no template writes it
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape) -> None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token")
+        self.eos, self.separator = tokenizer.eos_token, shape.separator
+
+    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        text, spans = "", []
+        for message in messages:
+            text += self.separator if text else ""
+            start = len(text)
+            text += message.get("content") or ""
+            if message["role"] == "assistant":
+                text += self.eos
+                spans.append((start, len(text)))
+        return text, spans
+
+
+class _TemplateRenderer:
+    """The chat template's text, and where in it the answers stand.
+
+    An answer begins where the rendering of the messages before it, generation prompt included, ends, and it
+    ends where the rendering of the messages up to it ends; so no template needs ``{% generation %}`` marks.
+    """
+
+    add_special_tokens = False  # templates write theirs
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = tuple(sorted(added, key=len, reverse=True))
+
+    def _template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        text = self._template(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = self._start(messages[:i], text)
+                # a template may write an answer differently once it is no longer the last one
+                upto = text if i + 1 == len(messages) else self._template(messages[: i + 1])
+                end = len(upto) if text.startswith(upto) else self._end(message, text, start)
+                spans.append((start, self._without_tail(text, start, end)))
+        return text, spans
+
+    def _start(self, before: list[Message], text: str) -> int:
+        if not before:  # a conversation that the assistant opens: there is nothing to render before it
+            return 0
+        prompt = self._template(before, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        # some generation prompts open a block that a written answer lacks
+        if not text.startswith(self._template(before)):
+            raise DataError("the chat template rewrites earlier messages, so its answers cannot be found")
+        return len(os.path.commonprefix([prompt, text]))  # noqa: RUF071 - characters are meant
+
+    def _end(self, message: Message, text: str, start: int) -> int:
+        content = (message.get("content") or "").strip()
+        at = text.find(content, start)
+        if not content or at < 0:
+            raise DataError("the chat template rewrites an earlier answer, so its end cannot be found")
+        end = at + len(content)
+        return end + next((len(s) for s in self.special if text.startswith(s, end)), 0)
+
+    def _without_tail(self, text: str, start: int, end: int) -> int:
+        """Leave out the line break that templates put behind the end-of-turn token; no model generates it."""
+        stripped = text[start:end].rstrip()
+        return start + len(stripped) if stripped.endswith(self.special) else end
+
+
+def _tokenize(
+    batch: list[tuple[int, str, list[Span]]],
+    tokenizer: PreTrainedTokenizerBase,
+    add_special_tokens: bool,
+    records: Records,
+    cutoff: int,
+    report: DataReport,
+) -> pa.Table:
+    encoded = tokenizer(
+        [text for _, text, _ in batch],
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,  # its warning about long texts comes before the cutoff
+    )
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "sample_id": []}
+    for row, (index, _, spans) in enumerate(batch):
+        ids = encoded["input_ids"][row]
+        trained = _in_spans(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], spans)
+        if not trained:
+            _skip(report, records.place(index), "no answer token after tokenisation")
+            continue
+        ids = ids[: trained[-1] + 1]  # what stands behind the last answer teaches nothing
+        start = _window_start(trained, cutoff)
+        labels = [IGNORE_INDEX] * len(ids)
+        for position in trained:
+            labels[position] = ids[position]
+        report.truncated += len(ids) > cutoff
+        ids, labels = ids[start : start + cutoff], labels[start : start + cutoff]
+        labels[0] = IGNORE_INDEX
+        report.tokens += len(ids)
+        report.answer_tokens += len(labels) - labels.count(IGNORE_INDEX)
+        for name, value in (("input_ids", ids), ("labels", labels), ("sample_id", index)):
+            columns[name].append(value)
+    return pa.table(
+        {
+            "input_ids": pa.array(columns["input_ids"], pa.list_(pa.int32())),
+            "labels": pa.array(columns["labels"], pa.list_(pa.int32())),
+            "sample_id": pa.array(columns["sample_id"], pa.int64()),
+        }
+    )
+
+
+def _in_spans(offsets: list[Span], special: list[int], spans: list[Span]) -> list[int]:
+    """Positions > 0 of the tokens that hold a character of an answer.
+
+    A token that straddles the border belongs to the answer, whose first characters it predicts. Some
+    tokenizers give a token of blanks no width; it belongs where it stands.
+    """
+    positions, remaining = [], iter(spans)
+    span = next(remaining, None)
+    for position, ((start, end), is_added) in enumerate(zip(offsets, special, strict=True)):
+        while span is not None and start >= span[1]:
+            span = next(remaining, None)
+        if span is None:
+            break
+        if position and not is_added and max(end, start + 1) > span[0]:
+            positions.append(position)
+    return positions
+
+
+def _window_start(trained: list[int], cutoff: int) -> int:
+    """Where the `cutoff` tokens to keep begin: 0 unless the prompt takes more than half of them."""
+    first = trained[0]
+    length = next((n for n, p in enumerate(trained) if p != first + n), len(trained))  # of the first answer
+    return max(0, first + min(length, cutoff // 2) - cutoff)

@@ -1,0 +1,160 @@
+"""The scoring pass: nll and entropy of every trainable token of a pool, gradient-free and cheap."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_kernels.data.samples import MicroBatch, Sample, cu_seqlens_of, micro_batches, to_sample
+from qtuning_kernels.kernels.functional import TokenStats, linear_token_stats
+from qtuning_kernels.models.causal_lm import CausalLM, backbone, head_parameters
+
+
+class Scores(NamedTuple):
+    """nll and entropy, float32 ``[T]`` in nats, sample by sample, and int32 ``cu_seqlens [B+1]``."""
+
+    nll: Tensor
+    entropy: Tensor
+    cu_seqlens: Tensor
+
+
+def layout_for(model: nn.Module) -> str:
+    """How samples share a forward: ``"packed"`` where attention has variable lengths, else ``"padded"``.
+
+    Variable-length attention skips what lies between samples. Dense attention on a packed row computes and
+    masks it, and models that know no position ids would let samples see each other; groups of similar length
+    need neither (benchmarks/scoring.py times both).
+    """
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None) or ""
+    return "packed" if "flash" in attention else "padded"
+
+
+def resolve_score_dtype(score_dtype: str, model: nn.Module) -> torch.dtype | None:
+    """The dtype that the scoring pass converts the weights to; None: it takes them as they are.
+
+    ``"auto"`` is bfloat16 on a CPU that computes in it; on other devices the weights as they are, under the
+    run's own autocast.
+    """
+    parameter = next(model.parameters())
+    if score_dtype == "auto":
+        fast = parameter.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        score_dtype = "bfloat16" if fast and parameter.dtype == torch.float32 else "model"
+    if score_dtype == "model":
+        return None
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[score_dtype]
+    return None if dtype == parameter.dtype else dtype
+
+
+class Scorer:
+    """Scores samples with a model, in its own precision or through a copy of its weights in another.
+
+    Args:
+        model: the causal language model, possibly wrapped.
+        parts: its `CausalLM`.
+        score_dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"model"``.
+        batch_tokens: most tokens in one forward, padding included.
+    """
+
+    def __init__(
+        self, model: nn.Module, parts: CausalLM, *, score_dtype: str = "auto", batch_tokens: int = 8192
+    ) -> None:
+        self.model, self.parts, self.batch_tokens = model, parts, batch_tokens
+        self.dtype = resolve_score_dtype(score_dtype, parts.base)
+        self.tokens_scored = 0  # positions that the forwards read, padding included
+        self._copy: tuple[nn.Module, nn.Module] | None = None
+
+    def score(self, samples: Sequence[Sample], device: torch.device | str, autocast: Any = nullcontext) -> Scores:
+        """Scores of all trainable tokens, in the order of `samples`, on `device`.
+
+        Args:
+            samples: at least one.
+            device: where the model is.
+            autocast: makes the context manager of a forward, if the run computes under one.
+        """
+        cu_seqlens = cu_seqlens_of(samples)
+        stats = torch.zeros(2, int(cu_seqlens[-1]), device=device)
+        batches = micro_batches(samples, self.batch_tokens, layout_for(self.parts.base))
+        training = self.parts.base.training
+        self.parts.base.eval()  # dropout would make the scores random
+        try:
+            if self.dtype:
+                self._refresh_copy()
+                autocast = nullcontext
+            with torch.no_grad(), autocast():  # one context, which casts each weight once
+                for batch in batches:
+                    self.tokens_scored += batch.input_ids.numel()
+                    batch = batch.to(device)
+                    result = self._forward(batch)
+                    stats[0, batch.slots] = result.nll.to(stats.dtype)
+                    stats[1, batch.slots] = result.entropy.to(stats.dtype)
+        finally:
+            self.parts.base.train(training)
+        return Scores(stats[0], stats[1], cu_seqlens.to(device))
+
+    def _forward(self, batch: MicroBatch) -> TokenStats:
+        def stats_of(hidden: Tensor, head: nn.Module) -> TokenStats:
+            weight, bias = head_parameters(head)
+            hidden = hidden.flatten(0, 1)[batch.rows]
+            return linear_token_stats(hidden, weight, batch.labels, bias=bias, **self.parts.scaling())
+
+        if self._copy is None:
+            return self.parts.forward(
+                self.model,
+                batch.input_ids,
+                batch.position_ids,
+                lambda hidden: stats_of(hidden, self.parts.head),
+            )
+        decoder, head = self._copy
+        return stats_of(backbone(decoder, batch.input_ids, batch.position_ids), head)
+
+    @torch.no_grad()
+    def _refresh_copy(self) -> None:
+        """Brings the copy up to date. Frozen weights were converted once, for good."""
+        own = (self.parts.decoder, self.parts.head)
+        if self._copy is None:
+            head_parameters(self.parts.head)  # a sharded model cannot be copied
+            # one call, so that a head tied to the embedding stays tied
+            self._copy = copy.deepcopy(own)
+            for module in self._copy:
+                module.eval()
+                for parameter in module.parameters():  # buffers (rotary frequencies) keep their precision
+                    parameter.data = parameter.data.to(self.dtype)
+                    parameter.grad = None
+        for copied, source in zip(self._copy, own, strict=True):
+            for target, parameter in zip(copied.parameters(), source.parameters(), strict=True):
+                if parameter.requires_grad:
+                    target.copy_(parameter)
+
+
+def score_samples(
+    model: nn.Module,
+    samples: Sequence[Mapping[str, Any] | Sample],
+    *,
+    score_batch_tokens: int = 8192,
+    score_dtype: str = "auto",
+) -> Scores:
+    """nll and entropy of every trainable token of `samples` under `model`, in nats.
+
+    Args:
+        model: a `transformers` causal language model or a PEFT model around one.
+        samples: mappings with ``input_ids``, ``labels`` (−100 outside the answer) and, optionally,
+            ``sample_id``; or `Sample`.
+        score_batch_tokens: most tokens in one forward, padding included.
+        score_dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"model"``, as in `QTuningConfig`.
+
+    Returns:
+        `Scores`: nll ``[T]``, entropy ``[T]``, cu_seqlens ``[B+1]``, on the model's device.
+
+    Raises:
+        ValueError: an unsupported model (see `CausalLM`), or a malformed sample.
+    """
+    parts = CausalLM(model)
+    ready = [
+        s if isinstance(s, Sample) else to_sample(s["input_ids"], s["labels"], s.get("sample_id")) for s in samples
+    ]
+    scorer = Scorer(model, parts, score_dtype=score_dtype, batch_tokens=score_batch_tokens)
+    return scorer.score(ready, next(parts.base.parameters()).device)

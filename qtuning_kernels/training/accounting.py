@@ -1,0 +1,94 @@
+"""Where time, tokens and arithmetic go: per step, and in total."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from qtuning_kernels.models.causal_lm import CausalLM
+
+PHASES = ("data", "score", "select", "compact", "train", "optimizer")
+
+
+class Clock:
+    """Seconds per phase of one step. On a GPU a phase ends when its work is done, not when it is queued."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._device = device
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - start
+
+
+@dataclass
+class Totals:
+    """Sums over the steps of a run, resumed parts included. Tokens are trainable tokens."""
+
+    steps: int = 0
+    samples_seen: int = 0
+    samples_kept: int = 0
+    tokens_seen: int = 0
+    tokens_kept: int = 0
+    tokens_scored: int = 0
+    supplemented: int = 0
+    ineligible: int = 0
+    empty_steps: int = 0
+    quadrant: dict[str, int] = field(default_factory=lambda: dict.fromkeys("01234", 0))
+    kept_by_quadrant: dict[str, int] = field(default_factory=lambda: dict.fromkeys("01234", 0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    flops_spent: float = 0.0
+    flops_full: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+
+    def add(self, step: "Totals") -> None:
+        """Adds a step, or another part of the run."""
+        for name, value in asdict(step).items():
+            if isinstance(value, dict):
+                own = getattr(self, name)
+                for key, item in value.items():
+                    own[key] += item
+            elif name == "loss_first":
+                self.loss_first = value if self.loss_first is None else self.loss_first
+            elif name == "loss_last":
+                self.loss_last = self.loss_last if value is None else value
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
+class Flops:
+    """Estimated floating-point operations: 2 per weight and token forward, 4 more backward.
+
+    Backward through a frozen weight costs 2 only. The quadratic part of attention is left out, for the step
+    and for the full-data step that it is compared with alike.
+    """
+
+    def __init__(self, parts: CausalLM) -> None:
+        embedding = parts.base.get_input_embeddings()
+        skip = {id(p) for p in embedding.parameters()}
+        weights = [p for p in parts.decoder.parameters() if id(p) not in skip]
+        self.body = sum(p.numel() for p in weights)
+        self.body_trained = sum(p.numel() for p in weights if p.requires_grad)
+        self.head = parts.head.weight.numel()
+        self.head_trained = self.head if parts.head.weight.requires_grad else 0
+
+    def forward(self, positions: int, head_rows: int) -> float:
+        return 2.0 * (self.body * positions + self.head * head_rows)
+
+    def train(self, positions: int, head_rows: int) -> float:
+        """Forward, gradients of activations, gradients of the trained weights."""
+        weights = 2.0 * (self.body_trained * positions + self.head_trained * head_rows)
+        return 2 * self.forward(positions, head_rows) + weights

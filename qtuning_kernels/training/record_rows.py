@@ -1,0 +1,87 @@
+"""A planned step as rows of the run's record (`record.py` says what the columns are)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qtuning_kernels.config import QTuningConfig
+from qtuning_kernels.pruning.rank import neighbor_scores
+from qtuning_kernels.pruning.tokens import MAX_NLL
+from qtuning_kernels.training.step import StepPlan
+
+PROMPT_TOKENS = 512  # the end of the prompt that the token view shows
+
+
+def sample_rows(plan: StepPlan) -> list[dict[str, Any]]:
+    """One row per sample of the step's pools, in their order; scores are null where nothing was scored."""
+    rows = []
+    for index, pool in enumerate(plan.pools):
+        selection = plan.selections[index] if plan.selections else None
+        for i, sample in enumerate(pool):
+            tokens = len(sample.targets)
+            row = {"id": sample.sample_id, "num_tokens": tokens}
+            if selection is None:
+                row |= {"keep": tokens > 0, "kept_tokens": tokens}
+            else:
+                triage = selection.triage
+                row |= {
+                    "ppl": float(selection.plane.ppl[i]),
+                    "entropy": float(selection.plane.entropy[i]),
+                    "quadrant": int(triage.quadrant[i]),
+                    "role": int(triage.role[i]),
+                    "keep": bool(triage.keep[i]),
+                    "supplemented": bool(triage.supplemented[i]),
+                    "kept_tokens": int(selection.keep_of(i).sum()),
+                }
+            rows.append(row)
+    return rows
+
+
+def step_row(plan: StepPlan) -> dict[str, Any]:
+    totals = plan.totals
+    alphas = [float(selection.triage.alpha) for selection in plan.selections]
+    return {
+        "loss": totals.loss_last,
+        "alpha": sum(alphas) / len(alphas) if alphas else None,
+        "tokens_seen": totals.tokens_seen,
+        "tokens_kept": totals.tokens_kept,
+        "tokens_scored": totals.tokens_scored,
+        "seconds": plan.clock.seconds,
+        "flops_spent": totals.flops_spent,
+        "flops_full": totals.flops_full,
+        "score_age_epochs": plan.score_age,
+    }
+
+
+def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig) -> list[dict[str, Any]]:
+    """The tokens of the samples at the positions `chosen`: text, nll, neighbour score and fate of each."""
+    if tokenizer is None or not plan.selections:
+        return []
+    rows = []
+    places = [(pool, i) for pool, samples in enumerate(plan.pools) for i in range(len(samples))]
+    for pool, i in (places[position] for position in chosen):
+        sample, selection, scores = plan.pools[pool][i], plan.selections[pool], plan.scores[pool]
+        start, end = selection.cu_seqlens[i : i + 2].tolist()
+        nll = scores.nll[start:end].cpu()
+        pruned = int(selection.triage.role[i]) == 2
+        score = neighbor_scores(
+            nll.clamp(max=MAX_NLL).exp(),
+            torch.tensor([0, end - start], dtype=torch.int32),
+            config.neighbor_weight,
+            config.neighbor_reduction == "mean",
+        )
+        prompt = sample.input_ids[: int(sample.targets[0])][-PROMPT_TOKENS:].tolist()
+        labels = sample.labels.tolist()
+        rows.append(
+            {
+                "id": sample.sample_id,
+                "token_ids": labels,
+                "tokens": [tokenizer.decode([token]) for token in labels],
+                "nll": nll.tolist(),
+                "score": score.tolist() if pruned else None,
+                "keep": selection.keep_of(i).tolist(),
+                "prompt": tokenizer.decode(prompt),
+            }
+        )
+    return rows

@@ -1,0 +1,259 @@
+"""The command line: what each command leaves behind."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtuning_kernels import triage_samples
+from qtuning_kernels.commands import checkpoints, cli
+from qtuning_kernels.demo import assets as fetch_module
+
+from .conftest import KINDS, ROWS
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def record(output):
+    return [json.loads(line) for line in (output / "record" / "samples.jsonl").open()]
+
+
+def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--batch-size", "8", "--learning-rate", "0.01"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "named columns (question, answer); not used: planted" in shown
+    assert "24 records read, 0 skipped, 0 truncated" in shown
+    assert "samples kept" in shown
+    assert "6 of 24 (25.0%)" in shown
+    assert f"from_pretrained('{output}/final')" in shown
+
+    trained = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert AutoTokenizer.from_pretrained(output / "final").eos_token == "<|im_end|>"
+    assert trained.dtype == torch.float32
+    before = AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.equal(trained.model.norm.weight, before.model.norm.weight)
+
+    rows = record(output)
+    assert len(rows) == 24
+    assert {row["id"] for row in rows} == set(range(24))
+    for step in (1, 2, 3):
+        assert sum(row["keep"] for row in rows if row["step"] == step) == 2
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["samples_seen"], summary["samples_kept"]) == (24, 6)
+    assert math.isfinite(summary["loss_first"])
+    # the table of planted items counts every row once
+    table = {kind: line for kind in KINDS for line in shown.splitlines() if f" {kind} " in line}
+    for kind in KINDS:
+        kept = sum(row["keep"] for row in rows if ROWS[row["id"]]["planted"] == kind)
+        assert f"8 / {kept}" in table[kind]
+
+
+def test_train_can_end_with_its_report(options, tmp_path, capsys):
+    """The report holds the texts, and the command that was run."""
+    pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--batch-size", "8", "--report"]) == 0
+    assert f"report in {output / 'report.html'}" in capsys.readouterr().out
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for row in ROWS:
+        assert row["question"] in page
+    assert "recorded no texts" not in page
+
+
+def test_train_with_everything_kept(options, tmp_path):
+    everything = ["--sample-ratio", "1", "--token-ratio", "1", "--max-steps", "1"]
+    assert cli.main(["train", *options, "--output", str(tmp_path / "run"), *everything]) == 0
+
+
+def test_train_with_lora(options, model, tmp_path):
+    pytest.importorskip("peft")
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--max-steps", "2", "--lora-rank", "2"]
+    assert cli.main(arguments) == 0
+    assert (output / "final" / "adapter_model.safetensors").exists()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        tuned = AutoModelForCausalLM.from_pretrained(output / "final")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(model)(ids).logits
+    assert not torch.equal(tuned, plain)
+
+
+def test_lora_without_peft(options, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["train", *options, "--lora-rank", "2"]) == 1
+    assert "pip install 'qtuning-kernels[lora]'" in capsys.readouterr().err
+
+
+def run_in_process(arguments, **environment):
+    command = [sys.executable, "-m", "qtuning_kernels.commands.cli", *arguments]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("killed_after", [1, 5])
+def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_after):
+    """Before the first checkpoint, and behind one. The run has 12 steps."""
+    arguments = [
+        *options,
+        "--batch-size",
+        "8",
+        "--epochs",
+        "4",
+        "--save-steps",
+        "3",
+        "--learning-rate",
+        "0.01",
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = run_in_process(["train", *arguments, "--output", str(broken)])
+    steps = broken / "record" / "steps.jsonl"
+    while process.poll() is None:
+        if steps.exists() and steps.read_bytes().count(b"\n") >= killed_after:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL, process.stdout.read()
+    assert not (broken / "final").exists()
+
+    # with the run's own options
+    assert cli.main(["train", "--output", str(broken), "--resume"]) == 0
+    assert cli.main(["train", *arguments, "--output", str(whole)]) == 0
+    resumed, uninterrupted = weights(broken / "final"), weights(whole / "final")
+    assert resumed.keys() == uninterrupted.keys()
+    for name, tensor in uninterrupted.items():
+        assert torch.equal(resumed[name], tensor), name
+    assert [(row["step"], row["id"], row["keep"]) for row in record(broken)] == [
+        (row["step"], row["id"], row["keep"]) for row in record(whole)
+    ]
+
+
+def test_score_writes_the_plane(options, data, tmp_path, capsys):
+    output = tmp_path / "planes" / "plane.parquet"
+    assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0
+    table = pq.read_table(output)
+    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted", "prompt", "answer"]
+    assert table.column_names == names
+    columns = table.to_pydict()
+    assert columns["sample_id"] == list(range(24))
+    assert columns["planted"] == [row["planted"] for row in ROWS]
+    assert columns["num_tokens"] == [len(row["answer"]) + 1 for row in ROWS]  # bytes, and the end
+    triage = triage_samples(torch.tensor(columns["ppl"]), torch.tensor(columns["entropy"]), 0.25)
+    assert columns["quadrant"] == triage.quadrant.tolist()
+    assert columns["role"] == triage.role.tolist()
+    assert "24 samples in" in capsys.readouterr().out
+    assert [p.name for p in output.parent.iterdir()] == ["plane.parquet"]
+
+
+def test_score_is_the_models_own_loss(options, model, tmp_path):
+    """One sample's perplexity against `transformers`' loss of the same text."""
+    assert cli.main(["score", *options, "--score-dtype", "float32"]) == 0
+    row = pq.read_table("plane.parquet").to_pylist()[5]
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    prompt = tokenizer(ROWS[5]["question"]).input_ids
+    answer = tokenizer(ROWS[5]["answer"]).input_ids + [tokenizer.eos_token_id]
+    with torch.no_grad():
+        loss = plain(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
+    assert row["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_score_takes_its_data_once(options, data, capsys):
+    assert cli.main(["score", *options, str(data)]) == 1
+    assert "data is given twice" in capsys.readouterr().err
+    without_data = [*options[:2], *options[4:]]
+    assert cli.main(["score", str(data), *without_data]) == 0
+    assert len(pq.read_table("plane.parquet")) == 24
+
+
+def test_warnings_are_one_line_each(monkeypatch, capsys):
+    def warn(_arguments):
+        warnings.warn("two\nlines", stacklevel=2)
+        warnings.warn("a library's own business", FutureWarning, stacklevel=2)
+
+    monkeypatch.setattr("qtuning_kernels.commands.info.run", warn)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "qtuning: warning: two lines\n"
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("torch", "cpu tensors", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
+        assert word in shown
+
+
+def test_fetch(monkeypatch, tmp_path):
+    fetched = []
+    monkeypatch.setattr(fetch_module, "fetch", lambda asset, cache: fetched.append((asset.name, cache)))
+    assert cli.main(["fetch", "--cache", str(tmp_path)]) == 0
+    assert fetched == [("SmolLM2-135M-Instruct", tmp_path), ("word-problems", tmp_path)]
+
+
+def test_embedded_model_and_data_are_the_default(model, data, monkeypatch, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    shutil.copytree(model, cache / fetch_module.MODEL.name)
+    (cache / fetch_module.DATA.name).mkdir()
+    shutil.copy(data, cache / fetch_module.DATA.name / "train.jsonl")
+    monkeypatch.setattr(fetch_module, "is_fetched", lambda asset: True)
+    assert cli.main(["train", "--max-steps", "1"]) == 0
+    assert "word-problems/train.jsonl: named columns (question, answer)" in capsys.readouterr().out.replace("\n", "")
+    assert list(tmp_path.glob("runs/qtuning-*/final/model.safetensors"))
+    assert cli.main(["score", "--data-split", "validation"]) == 1
+    assert "the embedded data has train, eval" in capsys.readouterr().err
+
+
+def test_config_file(options, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("max-steps: 2\nlearning_rate: 1e-3\nbf16: true\noutput: from-file\nseed:\n")
+    arguments = cli.parse(["train", *options, "--config", str(config), "--max-steps", "3"])
+    assert arguments.max_steps == 3  # the command line wins
+    assert arguments.learning_rate == 1e-3  # which YAML reads as text
+    assert arguments.bf16 is True
+    assert arguments.output == Path("from-file")
+    assert arguments.seed == 42  # nothing said: the default
+    config = tmp_path / "run.json"
+    config.write_text('{"token-mode": "drop", "lora_rank": 4}')
+    arguments = cli.parse(["train", "--config", str(config)])
+    assert (arguments.token_mode, arguments.lora_rank) == ("drop", 4)
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("train", "score", "fetch", "info"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
+        assert "--debug" in capsys.readouterr().out
+
+
+def test_the_final_model_is_replaced_whole(tmp_path):
+    class Trainer:
+        def save_model(self, folder):
+            Path(folder).mkdir()
+            (Path(folder) / "weights").write_text("new")
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokens").write_text("new")
+
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "stale").touch()
+    (tmp_path / ".final").mkdir()  # what a kill left behind
+    assert checkpoints.save_final(Trainer(), Tokenizer(), tmp_path) == tmp_path / "final"
+    assert sorted(p.name for p in (tmp_path / "final").iterdir()) == ["tokens", "weights"]
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]

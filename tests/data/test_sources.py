@@ -1,0 +1,115 @@
+"""Reading: every kind of source gives the same records, and every kind of damage names its place."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from qtuning_kernels.data.sources import DataError, read_records
+
+ROWS = [
+    {"prompt": "p1", "completion": "c1"},
+    {"prompt": "p2\u2028", "completion": "c2", "tag": "2024-01-01"},
+]
+FILLED = [{"tag": None} | row for row in ROWS]  # Arrow knows no absent key
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.fixture(params=["jsonl", "json-array", "json-lines-in-json", "blank-lines", "bom", "parquet", "saved", "dict"])
+def source(request, tmp_path):
+    name = request.param
+    if name == "parquet":
+        Dataset.from_list(FILLED).to_parquet(tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+    if name == "saved":
+        Dataset.from_list(FILLED).save_to_disk(tmp_path / "saved")
+        return tmp_path / "saved"
+    if name == "dict":
+        DatasetDict(train=Dataset.from_list(FILLED), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "d")
+        return tmp_path / "d"
+    text = {
+        "jsonl": json_lines(ROWS),
+        "json-array": json.dumps(ROWS, indent=2),
+        "json-lines-in-json": json_lines(ROWS),
+        "blank-lines": "\n" + json_lines(ROWS).replace("\n", "\r\n\r\n"),
+        "bom": "\ufeff" + json_lines(ROWS),
+    }[name]
+    return write(tmp_path / ("a.json" if name.startswith("json-") else "a.jsonl"), text)
+
+
+def test_every_source_gives_the_same_records(source):
+    records = read_records(source)
+    rows = [{key: value for key, value in row.items() if value is not None} for row in records]
+    assert rows == ROWS
+    assert sorted(records.columns) == ["completion", "prompt", "tag"]
+    # a reader that infers types would have made a timestamp of it
+    assert records.column("tag") == [None, "2024-01-01"]
+    assert len(records) == 2
+
+
+def test_a_folder_takes_the_files_of_the_split(tmp_path):
+    write(tmp_path / "train-00001.jsonl", json_lines(ROWS[1:]))
+    write(tmp_path / "train-00000.jsonl", json_lines(ROWS[:1]))
+    write(tmp_path / "test.jsonl", json_lines(ROWS[:1]))
+    write(tmp_path / "notes.txt", "not data")
+    assert list(read_records(tmp_path)) == ROWS
+    assert list(read_records(tmp_path, split="test")) == ROWS[:1]
+    with pytest.raises(DataError, match=r"no file of split 'validation' among test.jsonl"):
+        read_records(tmp_path, split="validation")
+
+
+def test_places_count_lines_not_records(tmp_path):
+    records = read_records(write(tmp_path / "a.jsonl", "\n\n" + json_lines(ROWS)))
+    assert records.place(1) == f"{tmp_path}/a.jsonl:4"
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "/nowhere", "~/nowhere.parquet"])
+def test_missing_file(name):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        read_records(name)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"'no-owner/no-name': neither a file or folder here nor a data set"):
+        read_records("no-owner/no-name")
+
+
+DAMAGED = {
+    "broken line": ("a.jsonl", json_lines(ROWS) + '{"prompt": "x", \n', r"a.jsonl:3: broken JSON, column 17"),
+    "two on a line": ("a.jsonl", '{"a": 1} {"a": 2}\n', r"a.jsonl:1: broken JSON, column 10: Extra data"),
+    "broken array": ("a.json", '[\n{"prompt": "x"},\n{"prompt" "y"}]', r"a.json:3: broken JSON, column 11"),
+    "deep nesting": ("a.jsonl", "{}\n" + "[" * 100_000 + "\n", r"a.jsonl:2: broken JSON"),
+    "not an object": ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"a.jsonl:2: a record must be an object, not list"),
+    "latin-1": ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', r"a.jsonl:2: not UTF-8: byte 0xe9 at offset 19"),
+    "utf-16": ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), r"a.jsonl:1: not UTF-8: byte 0xff at offset 0"),
+    "empty": ("a.jsonl", "", r"a.jsonl: the file is empty"),
+    "blank": ("a.json", " \n\n", r"a.json: the file is empty"),
+    "no records": ("a.json", "[]", r"a.json: holds no record"),
+    "not parquet": ("a.parquet", "PAR1 and then nothing", r"a.parquet: not a readable Parquet file"),
+    "unknown suffix": ("a.csv", "a,b\n", r"'a.csv' does not end in one of .json, .jsonl, .ndjson, .parquet"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damage_names_its_place(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_records(write(tmp_path / name, content))
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="holds no file that ends in"):
+        read_records(tmp_path)
+    write(tmp_path / "a.jsonl", json_lines(ROWS))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="JSON and Parquet files at once"):
+        read_records(tmp_path)

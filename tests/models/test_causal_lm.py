@@ -1,0 +1,84 @@
+"""The parts of a model, for one architecture of each kind of head."""
+
+import pytest
+import torch
+import transformers
+
+from qtuning_kernels.models.causal_lm import CausalLM, backbone
+from tests.tiny import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_give_the_model_s_logits(architecture):
+    CausalLM(tiny_model(architecture)).check()
+
+
+def test_scaling_is_read_from_the_configuration():
+    gemma, granite = CausalLM(tiny_model("gemma2")), CausalLM(tiny_model("granite"))
+    assert (gemma.logit_scale, gemma.softcap) == (1.0, 0.5)
+    assert (granite.logit_scale, granite.softcap) == (8.0, None)
+    cohere = transformers.CohereConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, logit_scale=0.25, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    parts = CausalLM(transformers.AutoModelForCausalLM.from_config(cohere))
+    assert parts.logit_scale == 0.25
+    parts.check()
+
+
+@pytest.mark.parametrize(("architecture", "attribute"), [("gemma2", "softcap"), ("granite", "logit_scale")])
+def test_check_finds_a_head_that_it_does_not_know(architecture, attribute):
+    parts = CausalLM(tiny_model(architecture))
+    setattr(parts, attribute, None if attribute == "softcap" else 1.0)
+    with pytest.raises(ValueError, match="this architecture is not supported"):
+        parts.check()
+
+
+def test_forward_runs_inside_the_wrappers():
+    """What wraps the model sees its forward called, and afterwards the model is as before."""
+    model = tiny_model()
+    calls = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            calls.append(sorted(inputs))
+            return self.module(**inputs)
+
+    parts = CausalLM(model)
+    tokens = torch.tensor([[5, 6, 7]])
+    hidden = parts.forward(Wrapper(model), tokens, None, lambda h: h)
+    assert torch.equal(hidden, backbone(model.model, tokens))
+    assert calls == [["input_ids", "position_ids"]]
+    assert model(input_ids=tokens).logits.shape == (1, 3, 97)
+    assert "forward" not in model.__dict__
+
+
+def test_refuses_what_it_cannot_serve():
+    encoder_decoder = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    )
+    with pytest.raises(ValueError, match="decoder-only, got the encoder-decoder T5"):
+        CausalLM(encoder_decoder)
+    with pytest.raises(ValueError, match="must have a backbone and a language-model head"):
+        CausalLM(tiny_model().model)
+    with pytest.raises(ValueError, match="transformers causal language model, got Linear"):
+        CausalLM(torch.nn.Linear(2, 2))
+
+
+def test_adapter_on_the_head_is_refused():
+    """Its weight alone is not what the head computes, and a fresh adapter is 0, so no comparison shows it."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(ValueError, match="an adapter sits on the language-model head"):
+        CausalLM(model)
+
+
+def test_prompt_learning_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="model uses prompt learning"):
+        CausalLM(peft.get_peft_model(tiny_model("llama"), config))

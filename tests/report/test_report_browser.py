@@ -1,0 +1,230 @@
+"""The report in a real browser: nothing is asked for, nothing fails, and what one touches answers.
+
+Screenshots go to the folder that QTUNING_TEST_ARTIFACTS names, else to the test's temporary folder.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qtuning_kernels.report import build_report
+from qtuning_kernels.run_record.writer import RunRecord
+from tests.synthetic_run import synthetic_run
+
+from .report_expected import rows
+
+pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+NO_WEBGL = """
+const original = HTMLCanvasElement.prototype.getContext;
+HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {
+  return kind.includes("webgl") ? null : original.call(this, kind, ...rest);
+};
+"""
+# the first drawn point that no other is near, in pixels of the window
+FIND_POINT = """() => {
+  const plot = document.getElementById("chart-plane");
+  const layout = plot._fullLayout, box = plot.getBoundingClientRect();
+  const pixel = (x, y) => [layout.xaxis.l2p(Math.log10(x)) + layout._size.l + box.left,
+                           layout.yaxis.l2p(y) + layout._size.t + box.top];
+  const points = plot._fullData.flatMap((trace) =>
+    Array.from(trace.x, (x, i) => ({ at: pixel(x, trace.y[i]), custom: Array.from(trace.customdata[i]) })));
+  const apart = (a, b) => Math.hypot(a.at[0] - b.at[0], a.at[1] - b.at[1]);
+  const inside = (p) => p.at[0] > box.left + 100 && p.at[0] < box.right - 60 && p.at[1] > box.top + 60;
+  return points.find((p) => inside(p) && points.every((q) => q === p || apart(p, q) > 12));
+}"""
+COUNT_POINTS = """() => document.getElementById("chart-plane")._fullData.reduce((n, t) => n + t.x.length, 0)"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = synthetic_run(tmp_path_factory.mktemp("run"))
+    build_report(folder)
+    return folder
+
+
+@pytest.fixture
+def open_report(browser):
+    """Opens a page and, when the test ends, fails it for a console error or a request to anywhere."""
+    contexts, complaints = [], []
+
+    def open_page(path: Path, *, viewport=DESKTOP, scheme="light", script=None, **options):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.on("request", lambda request: _check(request.url, path, complaints))
+        if script:
+            page.add_init_script(script)
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def _check(url, path, complaints):
+    if url != path.as_uri() and not url.startswith(("data:", "blob:")):
+        complaints.append(f"request to {url}")
+
+
+def artifact(tmp_path, name):
+    folder = Path(os.environ.get("QTUNING_TEST_ARTIFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_opens_whole_at_every_width_and_theme(open_report, run, tmp_path, viewport, scheme):
+    page = open_report(run / "report.html", viewport=viewport, scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"], "the page scrolls sideways"
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    for chart in page.locator(".chart").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator(".main-svg").first.wait_for()
+    page.screenshot(path=artifact(tmp_path, f"report_{viewport['width']}_{scheme}.png"), full_page=True)
+
+
+def test_hover_shows_the_text_of_the_sample(open_report, run):
+    page = open_report(run / "report.html")
+    page.locator("#chart-plane").scroll_into_view_if_needed()
+    point = page.evaluate(FIND_POINT)
+    page.mouse.move(*point["at"])
+    page.locator("#hovered .prompt").wait_for()
+    sample, step, kept, total, _, _ = point["custom"]
+    row = next(r for r in rows(run, "samples.jsonl") if (r["step"], r["id"]) == (step, sample))
+    text = next(t for t in rows(run, "texts.jsonl") if t["id"] == sample)
+    shown = page.locator("#hovered").inner_text()
+    assert text["prompt"] in shown
+    assert text["answer"] in shown
+    assert f"{kept} of {total} answer tokens kept" in shown
+    assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
+    page.locator(".hoverlayer .hovertext").first.wait_for()
+
+
+def test_tap_on_a_phone_shows_the_text(open_report, run):
+    page = open_report(run / "report.html", viewport=PHONE, has_touch=True)
+    page.locator("#chart-plane").scroll_into_view_if_needed()
+    point = page.evaluate(FIND_POINT)
+    page.touchscreen.tap(*point["at"])
+    page.locator("#hovered .prompt").wait_for()
+
+
+@pytest.mark.parametrize("script", [None, NO_WEBGL], ids=["webgl", "no-webgl"])
+def test_slider_moves_through_the_run(open_report, run, script):
+    page = open_report(run / "report.html", script=script)
+    slider, label = page.locator("#frame"), page.locator("#frame-label")
+    samples = rows(run, "samples.jsonl")
+    assert label.inner_text() == "all steps 1–30"
+    assert page.evaluate(COUNT_POINTS) == len({row["id"] for row in samples})
+    slider.focus()
+    page.keyboard.press("End")
+    assert label.inner_text() == "step 30"
+    assert page.evaluate(COUNT_POINTS) == sum(row["step"] == 30 for row in samples)
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert label.inner_text() == "steps 1–2"
+    assert page.evaluate(COUNT_POINTS) == sum(row["step"] <= 2 for row in samples)
+    page.locator("#play").click()
+    page.wait_for_function("document.getElementById('frame').value > 2")
+    page.locator("#play").click()
+
+
+def test_search_finds_and_filters(open_report, run):
+    page = open_report(run / "report.html")
+    tokens = rows(run, "tokens.jsonl")
+    section = page.locator("#tokens")
+    found, visible = section.locator("[data-found]"), section.locator("article:not([hidden])")
+    assert found.inner_text() == f"{len(tokens)} of {len(tokens)} samples"
+    wanted = tokens[3]["prompt"]
+    section.locator("input").fill(wanted.upper())
+    matching = sum(wanted in row["prompt"] for row in tokens)
+    assert visible.count() == matching > 0
+    assert found.inner_text() == f"{matching} of {len(tokens)} samples"
+    section.locator("input").fill("")
+    section.locator("select").select_option("2")
+    assert visible.count() == sum(row["score"] is not None for row in tokens)
+    assert section.locator("article:not([hidden]) del").count() == sum(
+        row["keep"].count(False) for row in tokens if row["score"] is not None
+    )
+    section.locator("input").fill("no such words")
+    assert visible.count() == 0
+    fates = page.locator("#fates")
+    fates.locator("input").fill("q")
+    assert fates.locator("li:not([hidden])").count() > 0
+
+
+def test_theme_can_be_switched(open_report, run):
+    page = open_report(run / "report.html")
+    colour = "getComputedStyle(document.querySelector('#chart-plane .xtitle')).fill"
+    before = page.evaluate(colour)
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.wait_for_function(f"{colour} !== {before!r}")
+
+
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
+
+
+def test_hostile_text_shows_as_text(open_report, tmp_path):
+    folder = synthetic_run(tmp_path, steps=2, text=lambda ident, rng: HOSTILE)
+    with RunRecord(folder / "record", resume_step=2) as record:
+        token = {"id": HOSTILE, "tokens": [HOSTILE], "nll": [1.0], "keep": [True], "prompt": HOSTILE}
+        sample = {"id": HOSTILE, "ppl": 2.0, "entropy": 1.0, "quadrant": 4, "role": 4, "keep": True}
+        record.write_step({"step": 3}, [sample], [token])
+    page = open_report(build_report(folder))
+    page.locator("#chart-plane").scroll_into_view_if_needed()
+    point = page.evaluate(FIND_POINT)
+    page.mouse.move(*point["at"])
+    page.locator("#hovered .prompt").wait_for()
+    assert HOSTILE in page.locator("#hovered").inner_text()
+    assert HOSTILE in page.locator("#tokens").text_content()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_empty_and_one_step_runs_open(open_report, tmp_path, steps):
+    page = open_report(build_report(synthetic_run(tmp_path, steps=steps)))
+    assert page.locator("#frame").is_hidden()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [None, NO_WEBGL], ids=["webgl", "no-webgl"])
+def test_fifty_thousand_samples_open(open_report, tmp_path, script, record_property):
+    """All are drawn with WebGL; without it a part is, and the page says how many."""
+    output = build_report(synthetic_run(tmp_path, steps=782, pool=64, samples=50_000))
+    page = open_report(output, script=script)
+    record_property("ready_ms", page.evaluate("Number(document.documentElement.dataset.ready)"))
+    drawn = page.evaluate(COUNT_POINTS)
+    note = page.locator("#frame-note").inner_text()
+    if script is None:
+        assert drawn == 50_000
+        assert "50,000 samples" in note
+    else:
+        assert 3000 < drawn <= 4100
+        assert f"Drawn: {drawn:,} of 50,000 samples" in note
+        assert "no WebGL" in note

@@ -1,0 +1,97 @@
+"""Data-parallel runs over gloo on this machine: the same step as one process with the same pool."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qtuning_kernels.data.samples import to_sample
+from qtuning_kernels.run_record.writer import read_record
+from qtuning_kernels.training.selection import deal
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(output, processes, *options, timeout=240):
+    output.mkdir()
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *(command if processes > 1 else []), str(ROOT / "tests/training/distributed_worker.py"),
+         str(output), *options],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=timeout, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "alone"
+    run = launch(output, 1, "--pool", "16")
+    assert run.returncode == 0, run.stderr[-2000:]
+    return output
+
+
+def result(output):
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_processes_take_the_step_of_one(alone, tmp_path, processes):
+    output = tmp_path / "many"
+    run = launch(output, processes, "--pool", "16")
+    assert run.returncode == 0, run.stderr[-2000:]
+
+    def kept(folder):
+        samples = read_record(folder / "record").samples
+        return [set(rows[rows["keep"]].id) for _, rows in samples.groupby("step")]
+
+    assert kept(output) == kept(alone)
+    assert all(len(ids) == 8 for ids in kept(alone))  # two pools a step, four of sixteen each
+    expected, actual = load_file(alone / "w"), load_file(output / "w")
+    for name, weight in actual.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-9)
+    assert result(output)["losses"] == pytest.approx(result(alone)["losses"], rel=1e-4)
+    ours, theirs = result(output)["summary"], result(alone)["summary"]
+    for name in ("samples_seen", "samples_kept", "tokens_seen", "tokens_kept", "quadrant"):
+        assert ours[name] == theirs[name], name
+
+
+def test_each_process_selects_from_its_own_pool(tmp_path):
+    """selection_scope="rank": of each of two pools of eight, two are kept by each process."""
+    output = tmp_path / "rank"
+    run = launch(output, 2, "--pool", "16", "--scope", "rank")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert result(output)["summary"]["samples_kept"] == 5 * 2 * 2 * 2
+
+
+def test_a_process_with_nothing_left_takes_part(tmp_path):
+    """A shared pool of two keeps one sample: one process trains, the other joins with a loss of 0."""
+    output = tmp_path / "nothing"
+    run = launch(output, 2, "--pool", "2", "--accumulation", "1")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert result(output)["summary"]["samples_kept"] == 5
+    assert all(sorted(pair)[0] == 0 < sorted(pair)[1] for pair in zip(*result(output)["tokens"], strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_carry_about_equal_numbers_of_tokens(processes):
+    """Eight kept samples a process, lengths as in GSM8K (log-normal around 200): the longest load is at
+    most a tenth over the mean."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lengths = (torch.randn(8 * processes, generator=generator) * 0.4 + 5.3).exp().int().tolist()
+        hands = deal([to_sample([1] * n, [1] * n, n) for n in lengths], processes)
+        loads = [sum(len(s.trimmed().input_ids) for s in hand) for hand in hands]
+        assert sum(map(len, hands)) == 8 * processes
+        assert max(loads) <= 1.1 * sum(loads) / processes
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    run = launch(tmp_path / "killed", 2, "--pool", "16", "--kill-rank", "1", timeout=120)
+    assert run.returncode != 0
+    assert "SIGKILL" in run.stderr or "Signal 9" in run.stderr

@@ -1,0 +1,271 @@
+"""The trainer: plain training where nothing is pruned, and what it records, resumes, warns of and refuses."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+
+import qtuning_kernels as qk
+from qtuning_kernels.data.samples import PoolCollator
+from qtuning_kernels.run_record.writer import read_record
+from qtuning_kernels.training.trainer import latest_checkpoint
+from tests.tiny import PRUNING, tiny_model, tiny_samples
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 7,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **(defaults | kwargs))
+
+
+def trainer(folder, model=None, count=64, config=None, collator=None, samples=None, **kwargs):
+    return qk.QTuningTrainer(
+        model if model is not None else tiny_model(),
+        arguments(folder, **kwargs),
+        train_dataset=datasets.Dataset.from_list(samples or tiny_samples(count)),
+        data_collator=collator,
+        qtuning=qk.QTuningConfig(**({"score_dtype": "float32"} | (config or {}))),
+    )
+
+
+def losses(run):
+    return [row["loss"] for row in run.state.log_history if "loss" in row]
+
+
+class PlainCollator(PoolCollator):
+    """For a plain Trainer: labels where the padding is on the left, as generation-style collators do."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch.pop("sample_id", None)
+        return batch
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2"])
+def test_ratios_of_one_equal_a_plain_trainer(tmp_path, architecture, accumulation):
+    """Loss divided by the wrong token count under accumulation (unsloth #8261) would show from step 1 on."""
+    plain = transformers.Trainer(
+        tiny_model(architecture),
+        arguments(tmp_path / "plain", gradient_accumulation_steps=accumulation),
+        train_dataset=datasets.Dataset.from_list(tiny_samples(96)),
+        data_collator=PlainCollator(),
+    )
+    plain.train()
+    ours = trainer(
+        tmp_path / "ours",
+        tiny_model(architecture),
+        count=96,
+        config={"sample_ratio": 1.0, "token_ratio": 1.0, "micro_batch_tokens": 64},
+        gradient_accumulation_steps=accumulation,
+    )
+    ours.train()
+    assert len(losses(ours)) == 5
+    assert losses(ours) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("token_mode", ["mask", "drop"])
+def test_training_runs_and_learns(tmp_path, lora, token_mode):
+    model = tiny_model("llama")
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    run = trainer(tmp_path, model, config={**PRUNING, "token_mode": token_mode}, max_steps=30, learning_rate=1e-2)
+    run.train()
+    summary = run.qtuning_summary()
+    assert summary["steps"] == 30
+    assert summary["samples_seen"] == 240
+    assert summary["samples_kept"] == 60  # exactly 2 of each pool
+    assert 0 < summary["tokens_kept"] < summary["tokens_seen"]
+    assert sum(losses(run)[-5:]) < sum(losses(run)[:5])
+    assert summary["loss_first"] == pytest.approx(losses(run)[0], rel=1e-6)
+
+
+def test_the_record_agrees_with_the_policy(tmp_path):
+    """Quadrants and kept samples, computed again from the recorded scores; kept tokens from eq. 1."""
+    run = trainer(tmp_path, config=PRUNING)
+    run.train()
+    samples = read_record(tmp_path / "record").samples
+    assert set(samples.step) == {1, 2, 3, 4, 5}
+    for _, pool in samples.groupby("step"):
+        triage = qk.triage_samples(torch.tensor(pool.ppl.values, dtype=torch.float32),
+                                   torch.tensor(pool.entropy.values, dtype=torch.float32), 0.25)  # fmt: skip
+        assert triage.quadrant.tolist() == pool.quadrant.tolist()
+        assert triage.role.tolist() == pool.role.tolist()
+        assert triage.keep.tolist() == pool["keep"].tolist()
+        assert pool["keep"].sum() == 2
+        for row in pool.itertuples():
+            expected = {0: 0, 2: max(1, row.num_tokens // 2), 4: row.num_tokens}[row.role]
+            assert row.kept_tokens == expected
+
+
+def test_the_same_logs_as_any_trainer(tmp_path):
+    run = trainer(tmp_path, config=PRUNING)
+    run.train()
+    row = next(r for r in run.state.log_history if "loss" in r)
+    assert row["qtuning/kept_samples"] == 2
+    assert row["qtuning/seconds_score"] > 0
+    assert math.isclose(sum(row[f"qtuning/q{q}"] for q in range(5)), 1, abs_tol=1e-4)
+    assert 0 < row["qtuning/flops_share"] < 1.5
+    assert {"grad_norm", "learning_rate", "epoch"} <= row.keys()
+
+
+def test_padding_side_of_the_collator_does_not_matter(tmp_path):
+    class LeftCollator(PoolCollator):
+        def __call__(self, features):
+            batch = super().__call__(features)
+            width = batch["attention_mask"].sum(1).tolist()
+            for name in ("input_ids", "labels", "attention_mask"):
+                rows = zip(batch[name], width, strict=True)
+                batch[name] = torch.stack([torch.cat([r[n:], r[:n]]) for r, n in rows])
+            return batch
+
+    right = trainer(tmp_path / "right", config=PRUNING)
+    left = trainer(tmp_path / "left", config=PRUNING, collator=LeftCollator())
+    right.train(), left.train()
+    assert losses(right) == losses(left)
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+STRATEGIES = {
+    "rescore": PRUNING,
+    "reuse": {**PRUNING, "step": "reuse", "score_dtype": "model"},
+    "cached scores": {**PRUNING, "rescore_every": 2},
+    "bfloat16 scores": {**PRUNING, "score_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
+def test_resume_in_the_middle_of_an_epoch(tmp_path, config):
+    """24 samples in pools of 8: three steps an epoch. A checkpoint after 4 of 8 steps, then on from there."""
+    kwargs = {"config": config, "count": 24, "max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer(tmp_path / "whole", **kwargs)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_weights(weights(whole), weights(resumed))
+    ours, theirs = whole.qtuning_summary(), resumed.qtuning_summary()
+    for name in ("steps", "samples_seen", "tokens_kept", "kept_by_quadrant", "loss_first", "loss_last"):
+        assert ours[name] == theirs[name], name
+
+
+def test_cached_scores_spare_the_scoring_pass(tmp_path):
+    """Scored in epochs 0 and 2, selected from the record of epoch 0 in epoch 1; the age is logged."""
+    run = trainer(tmp_path, config={**PRUNING, "rescore_every": 2}, count=16, max_steps=6)
+    run.train()
+    steps = read_record(tmp_path / "record").steps
+    assert (steps.tokens_scored > 0).tolist() == [True, True, False, False, True, True]
+    assert steps.score_age_epochs.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((5, "{}"), (10, '{"global_st')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+    with pytest.warns(UserWarning, match="checkpoint-10 is incomplete"):
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        latest_checkpoint(tmp_path / "checkpoint-5")
+
+
+def test_evaluation_without_logits(tmp_path):
+    samples = tiny_samples(12, seed=5)
+    model = tiny_model("gemma2")
+    run = trainer(tmp_path, model, config=PRUNING)
+    run.eval_dataset = datasets.Dataset.from_list(samples)
+    loss = run.evaluate()["eval_loss"]
+    batch = PlainCollator()(samples[:8])
+    with torch.no_grad():
+        parts = [model(**PlainCollator()(part)).loss.item() for part in (samples[:8], samples[8:])]
+    assert loss == pytest.approx((parts[0] * 8 + parts[1] * 4) / 12, rel=1e-5)
+    assert batch["labels"].shape[0] == 8
+
+
+def test_pool_of_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="per_device_train_batch_size=1 is the selection pool"):
+        trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"torch_compile": True}, {"label_smoothing_factor": 0.1}], ids=lambda setting: next(iter(setting))
+)
+def test_settings_without_a_place_in_the_step_are_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* has no place in this trainer's step"):
+        trainer(tmp_path, config=PRUNING, **setting)
+
+
+def test_last_pool_of_one_sample(tmp_path):
+    run = trainer(tmp_path, count=9, max_steps=2, config=PRUNING)
+    run.train()
+    assert run.qtuning_summary()["samples_kept"] == 3
+
+
+def test_pool_without_an_eligible_sample(tmp_path):
+    """Nothing to learn from in one step: said, counted, the weights stay, and the run goes on."""
+    samples = tiny_samples(16)
+    for sample in samples:
+        sample["labels"] = [-100] * len(sample["labels"])
+    run = trainer(tmp_path, samples=samples, max_steps=2, config=PRUNING)
+    before = weights(run)
+    with pytest.warns(UserWarning, match="step 1 trains on nothing: no sample of its pool is eligible"):
+        run.train()
+    assert_same_weights(before, weights(run))
+    assert run.qtuning_summary()["empty_steps"] == 2
+    assert run.qtuning_summary()["ineligible"] == 16
+
+
+def test_nan_weights_stop_the_run(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
+    run = trainer(tmp_path, model, config=PRUNING)
+    with pytest.raises(FloatingPointError, match="NaN for every sample of the pool, the first is 10"):
+        run.train()
+
+
+def test_half_precision_master_weights_are_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match="trainable parameters are not float32"):
+        trainer(tmp_path, tiny_model(dtype=torch.bfloat16), config=PRUNING)
+
+
+def test_autocast_trains_float32_weights(tmp_path):
+    run = trainer(tmp_path, config=PRUNING, bf16=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.train()
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    assert all(math.isfinite(loss) for loss in losses(run))
+
+
+def test_checkpoint_loads(tmp_path):
+    run = trainer(tmp_path, config=PRUNING, save_strategy="steps", save_steps=5)
+    run.train()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
+    assert_same_weights(weights(run), dict(loaded.named_parameters()))
+    assert json.loads(Path(tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
