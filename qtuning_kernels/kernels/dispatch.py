@@ -1,88 +1,55 @@
-"""The operators: one schema and one fake each, and the choice of the backend that serves them.
+"""The row operators as PyTorch operators: one schema and one fake each, and the choice of the backend that serves.
 
-Every backend is a table of plain functions with the operator's name and signature. Nothing here knows
-autograd (`functional.py`) or policy (`pruning/`).
-
-Shapes at this level are normal forms that `functional.py` and `pruning/` produce:
-
-- ``logits [A, C, V]``, any strides with a dense last dimension; per-token tensors ``[A, C]``, contiguous;
-- ``hidden [N, H]``, ``weight [V, H]``, ``bias [V]``, per-token tensors ``[N]``, all contiguous;
-- labels int32 or int64. A label outside ``[0, V) ∪ {ignore_index}`` gives NaN, never a read out of bounds;
-- statistics are float32, or float64 for float64 input. ``lse = row_max + log_sum``: backward needs both
-  parts, since their rounded sum has lost ``log_sum`` at a large common offset (docs/method.md, "Per token").
+`row_operators` has the contract's functions and goes through PyTorch's dispatcher, so that `torch.compile` and fake
+tensors see one operator each.
 """
 
 import functools
+import importlib
 import os
 import warnings
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
-from torch import Tensor
 
-_SCALING = "int ignore_index, float logit_scale, float? softcap"
-_STATS = "Tensor entropy, Tensor row_max, Tensor log_sum"
-_UPSTREAM = "Tensor? grad_nll, Tensor? grad_entropy, Tensor? grad_lse"
-_LINEAR = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+from qtuning_kernels.kernels.contract import (
+    BackendUnavailableError,
+    RegisteredOperators,
+    RowOperators,
+    RowStats,
+    Scaling,
+    Upstream,
+    stats_dtype,
+)
 
-SCHEMAS = {
-    # one read of the logits: -> nll, entropy, row_max, log_sum
-    "token_stats": f"(Tensor logits, Tensor labels, {_SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    # -> gradient of the logits, in their dtype, contiguous
-    "token_stats_backward": f"(Tensor logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> Tensor",
-    # the same, written over the logits
-    "token_stats_backward_": f"(Tensor(a!) logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> ()",
-    # the same statistics from hidden states: -> nll, entropy, row_max, log_sum
-    "linear_token_stats": f"({_LINEAR}, {_SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    # -> gradients of hidden, weight, bias; one that `needs` does not ask for has no elements
-    "linear_token_stats_backward": f"({_LINEAR}, {_STATS}, {_UPSTREAM}, {_SCALING}, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor)",
-    # Σ token_weight·nll, and its gradients at once: -> loss, gradients of hidden, weight, bias
-    "linear_cross_entropy": f"({_LINEAR}, Tensor? token_weight, {_SCALING}, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    # per-segment mean of each row of values [C, T]: -> float32 [C, B], NaN for an empty segment
-    "segment_means": "(Tensor values, Tensor cu_seqlens) -> Tensor",
-    # stage 1: -> quadrant int8, role int8, keep bool, kept_index int64 [k], supplemented bool, alpha
-    "triage_rank": "(Tensor ppl, Tensor entropy, int k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # stage 2: the num_keep[b] tokens of each segment with the lowest (or highest) neighbour score -> bool [T]
-    "select_tokens": "(Tensor ppl, Tensor cu_seqlens, Tensor num_keep, float neighbor_weight,"
-    " bool keep_high, bool neighbor_mean) -> Tensor",
+_MODULES = {
+    "reference": "qtuning_kernels.kernels.reference",
+    "native": "qtuning_kernels.kernels.native",
+    "triton": "qtuning_kernels.triton_kernels",
+    "cuda": "qtuning_kernels.kernels.cuda",
 }
-
+BACKENDS = tuple(_MODULES)
 # which backends serve a device, best first
 _SERVES = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
-BACKENDS = ("reference", "native", "triton", "cuda")
 ORDER_REASON = {
-    "cuda": "triton has a kernel for every operator, cuda for those without a matrix product and needs no compiler"
-    " at run time; which of them is faster has not been measured on a GPU"
+    "cuda": "triton serves the policy too, cuda needs no compiler at run time; which of them is faster has not been"
+    " measured on a GPU"
 }
-
-
-class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for cannot serve here; the message says why and how to get it."""
 
 
 @functools.cache
-def _table(name: str) -> dict[str, Callable] | BackendUnavailableError:
-    """The backend's functions by operator name, or why there are none."""
+def _module(name: str) -> ModuleType | BackendUnavailableError:
+    """The backend's module, or why there is none."""
     try:
-        if name == "reference":
-            from qtuning_kernels.kernels import reference as module
-        elif name == "native":
-            from qtuning_kernels.kernels import native as module
-        elif name == "cuda":
-            from qtuning_kernels.kernels import cuda as module
-        else:
-            from qtuning_kernels import triton_kernels as module
+        return importlib.import_module(_MODULES[name])
     except BackendUnavailableError as error:
         return error
-    return {operator: getattr(module, operator) for operator in SCHEMAS}
 
 
 def unavailable_reason(name: str) -> str | None:
     """Why the backend `name` cannot be used in this process; None if it can."""
-    entry = _table(name)
-    return str(entry) if isinstance(entry, BackendUnavailableError) else None
+    module = _module(name)
+    return str(module) if isinstance(module, BackendUnavailableError) else None
 
 
 def default_order(device: torch.device | str) -> tuple[str, ...]:
@@ -116,14 +83,14 @@ def _choose(device_type: str, forced: str) -> str:
             (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
             or (forced == "cuda" and "QTUNING_CUDA_EMULATOR" in os.environ)
         )
-        if forced not in ("reference", *_SERVES.get(device_type, ())) and not interpreted:
-            accepted = ", ".join(_SERVES.get(device_type, ("reference",)))
+        if forced not in ("reference", *default_order(device_type)) and not interpreted:
+            accepted = ", ".join(default_order(device_type))
             hint = "; triton serves cpu under TRITON_INTERPRET=1" if forced == "triton" else ""
             raise BackendUnavailableError(
                 f"QTUNING_BACKEND={forced} does not serve device {device_type!r}; accepted: {accepted}{hint}"
             )
         return forced
-    candidates = _SERVES.get(device_type, ("reference",))
+    candidates = default_order(device_type)
     chosen = next(name for name in candidates if unavailable_reason(name) is None)
     if chosen == "reference" != candidates[0]:
         warnings.warn(
@@ -135,71 +102,52 @@ def _choose(device_type: str, forced: str) -> str:
     return chosen
 
 
-def _dispatcher(operator: str) -> Callable:
-    def call(*args):
-        chosen = _choose(args[0].device.type, os.environ.get("QTUNING_BACKEND", ""))
-        return _table(chosen)[operator](*args)
-
-    return call
+def serving(device: torch.device) -> RowOperators:
+    """The row operators of the backend that serves `device`."""
+    return _module(backend(device))
 
 
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics: float64 for float64 input, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_SCALING = "int ignore_index, float logit_scale, float? softcap"
+_STATS = "Tensor entropy, Tensor row_max, Tensor log_sum"
+_UPSTREAM = "Tensor? grad_nll, Tensor? grad_entropy, Tensor? grad_lse"
+SCHEMAS = {
+    # -> nll, entropy, row_max, log_sum
+    "token_stats": f"(Tensor logits, Tensor labels, {_SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "token_stats_backward": f"(Tensor logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> Tensor",
+    "token_stats_backward_": f"(Tensor(a!) logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> ()",
+}
+
+
+def _token_stats(logits, labels, ignore_index, logit_scale, softcap):
+    nll, stats = serving(logits.device).token_stats(logits, labels, ignore_index, Scaling(logit_scale, softcap))
+    return nll, *stats
+
+
+def _token_stats_backward(logits, labels, *rest):
+    stats, upstream, (ignore_index, *scaling) = RowStats(*rest[:3]), Upstream(*rest[3:6]), rest[6:]
+    return serving(logits.device).token_stats_backward(logits, labels, stats, upstream, ignore_index, Scaling(*scaling))
+
+
+def _token_stats_backward_(logits, labels, *rest):
+    stats, upstream, (ignore_index, *scaling) = RowStats(*rest[:3]), Upstream(*rest[3:6]), rest[6:]
+    serving(logits.device).token_stats_backward_(logits, labels, stats, upstream, ignore_index, Scaling(*scaling))
 
 
 def _fake_token_stats(logits, labels, *_):
     return tuple(logits.new_empty(labels.shape, dtype=stats_dtype(logits.dtype)) for _ in range(4))
 
 
-def _fake_linear_token_stats(hidden, weight, bias, labels, *_):
-    return _fake_token_stats(hidden, labels)
+def _fake_token_stats_backward(logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _fake_grads(hidden, weight, bias, needs):
-    def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(tensor) if needed and tensor is not None else hidden.new_empty(0)
+def _fake_token_stats_backward_(*_):
+    return None
 
-    return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
-
-
-def _fake_linear_token_stats_backward(hidden, weight, bias, *rest):
-    return _fake_grads(hidden, weight, bias, rest[-1])
-
-
-def _fake_linear_cross_entropy(hidden, weight, bias, *rest):
-    loss = hidden.new_empty((), dtype=stats_dtype(hidden.dtype))
-    return loss, *_fake_grads(hidden, weight, bias, rest[-1])
-
-
-def _fake_triage_rank(ppl, entropy, k):
-    size = ppl.shape[0]
-    return (
-        ppl.new_empty(size, dtype=torch.int8),
-        ppl.new_empty(size, dtype=torch.int8),
-        ppl.new_empty(size, dtype=torch.bool),
-        ppl.new_empty(k, dtype=torch.int64),
-        ppl.new_empty(size, dtype=torch.bool),
-        ppl.new_empty((), dtype=torch.float32),
-    )
-
-
-_FAKES = {
-    "token_stats": _fake_token_stats,
-    "token_stats_backward": lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    "token_stats_backward_": lambda *_: None,
-    "linear_token_stats": _fake_linear_token_stats,
-    "linear_token_stats_backward": _fake_linear_token_stats_backward,
-    "linear_cross_entropy": _fake_linear_cross_entropy,
-    "segment_means": lambda values, cu_seqlens: values.new_empty(
-        (values.shape[0], cu_seqlens.shape[0] - 1), dtype=torch.float32
-    ),
-    "triage_rank": _fake_triage_rank,
-    "select_tokens": lambda ppl, *_: torch.empty_like(ppl, dtype=torch.bool),
-}
 
 _library = torch.library.Library("qtuning_kernels", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qtuning_kernels::{_name}", _FAKES[_name], lib=_library)
+    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qtuning_kernels::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+row_operators = RegisteredOperators("qtuning_kernels")

@@ -1,0 +1,43 @@
+"""Loads a compiled extension of this package, or says why it is not there and how to get it."""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from qtuning_kernels.kernels.contract import BackendUnavailableError
+
+_INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps qtuning-kernels"
+
+
+def load_extension(module: str, record: str, needs: str) -> None:
+    """Import ``qtuning_kernels.<module>``, whose operators register themselves.
+
+    Args:
+        module: name of the extension module.
+        record: name of the file beside the package in which setup.py noted what it built, or why not.
+        needs: what a build of it takes, for the message.
+
+    Raises:
+        BackendUnavailableError: it was left out, was compiled for another PyTorch, or does not load.
+    """
+    path = Path(__file__).parents[1] / record
+    build = json.loads(path.read_text()) if path.exists() else {"built": False, "reason": None}
+    how = f"install again with {needs}: {_INSTALL}"
+    if not build["built"]:
+        reason = build["reason"] or "it was never compiled"
+        raise BackendUnavailableError(f"the extension qtuning_kernels.{module} was left out: {reason}; {how}")
+    # PyTorch's C++ interface changes between minor versions, and an extension for another one crashes
+    built_for, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (build["torch"], torch.__version__))
+    if built_for != running:
+        raise BackendUnavailableError(
+            f"the extension qtuning_kernels.{module} was compiled for PyTorch {build['torch']}, "
+            f"and this is {torch.__version__}; {how}"
+        )
+    try:
+        importlib.import_module(f"qtuning_kernels.{module}")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the extension qtuning_kernels.{module} does not load: {error}; {how}"
+        ) from error
