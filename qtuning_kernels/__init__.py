@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.kernels.dispatch import BackendUnavailableError, backend
-from qtuning_kernels.kernels.functional import TokenStats, linear_cross_entropy, linear_token_stats, token_stats
+from qtuning_kernels.kernels.contract import BackendUnavailableError
+from qtuning_kernels.kernels.dispatch import backend
+from qtuning_kernels.kernels.functional import TokenStats, token_stats
+from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_stats
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
 
 if TYPE_CHECKING:

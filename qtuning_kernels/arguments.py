@@ -1,9 +1,73 @@
 """Checks of arguments: every message names the argument, the value that came and what is accepted."""
 
+import math
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the host can read values without waiting: not of other devices, nor of fake or traced tensors."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """Raise unless `tensor` is a tensor of an accepted dtype, on the device of `like`.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another dtype or device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; accepted: a tensor")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: {', '.join(map(str, dtypes))}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on device {tensor.device}; accepted: {like.device}, as the others")
+
+
+def check_labels(
+    labels: Tensor, shape: torch.Size, size: int, ignore_index: int, device: torch.device, owner: str
+) -> None:
+    """Raise unless `labels` has the shape and the device of the rows of `owner`, and lies in ``[0, size)``.
+
+    Raises:
+        TypeError, ValueError: no tensor; another shape, dtype or device.
+        IndexError: a label outside; where the host cannot read it, an assertion on the device.
+    """
+    check_tensor("labels", labels, (torch.int64, torch.int32))
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; accepted: that of {owner} without its last dimension, "
+            f"{list(shape)}"
+        )
+    if labels.device != device:
+        raise ValueError(f"labels is on device {labels.device}; accepted: that of {owner}, {device}")
+    if torch.compiler.is_compiling() or device.type == "meta" or labels.numel() == 0:
+        return
+    outside = ((labels < 0) | (labels >= size)) & (labels != ignore_index)
+    if not is_readable(labels):
+        if device.type != "cpu":
+            torch._assert_async(~outside.any(), f"labels must be in [0, {size}) or ignore_index={ignore_index}")
+    elif outside.any():
+        first = outside.reshape(-1).nonzero()[0].item()
+        raise IndexError(
+            f"labels[{first}] (flattened) is {labels.reshape(-1)[first].item()}; "
+            f"accepted: [0, {size}) or ignore_index={ignore_index}"
+        )
+
+
+def check_scaling(logit_scale: float, softcap: float | None) -> None:
+    """Raise ValueError unless the scale is finite and not 0, and the cap None or finite and positive."""
+    if torch.compiler.is_compiling():  # numbers are symbols there
+        return
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale is {logit_scale}; accepted: a finite number other than 0")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}; accepted: a finite number above 0, or None")
 
 
 def check_vector(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
@@ -13,14 +77,9 @@ def check_vector(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], lik
         TypeError: not a tensor.
         ValueError: another rank, dtype or device.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; accepted: a tensor")
+    check_tensor(name, tensor, dtypes, like)
     if tensor.dim() != 1:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted: one dimension")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: {', '.join(map(str, dtypes))}")
-    if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} is on device {tensor.device}; accepted: {like.device}, as the others")
 
 
 def check_same_length(name: str, tensor: Tensor, length: int, meaning: str) -> None:
@@ -37,8 +96,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> None:
     check_vector("cu_seqlens", cu_seqlens, (torch.int32,), like=tokens)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens is empty; accepted: B+1 entries, the first of them 0")
-    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not readable or type(cu_seqlens) is not Tensor:  # a fake tensor has no values
+    if not is_readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != tokens.shape[0]:

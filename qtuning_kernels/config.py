@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from qtuning_kernels.arguments import check_choice, check_count, check_flag, check_ratio, check_weight
-from qtuning_kernels.pruning.tokens import NEIGHBOR_REDUCTIONS, TOKEN_ORDERS
-from qtuning_kernels.pruning.triage import TRIAGE_METHODS
 
+TRIAGE_METHODS = ("rank", "bisect")
+TOKEN_ORDERS = ("keep_low", "keep_high")
+NEIGHBOR_REDUCTIONS = ("sum", "mean")
 TOKEN_MODES = ("mask", "drop")
 SCORE_DTYPES = ("auto", "float32", "bfloat16", "model")
 STEPS = ("auto", "rescore", "reuse")

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -146,8 +147,16 @@ def _fake_token_stats_backward_(*_):
 
 
 _library = torch.library.Library("qtuning_kernels", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qtuning_kernels::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+
+def register(name: str, schemas: dict[str, str], implementation: Callable, fake: Callable) -> None:
+    """Define ``torch.ops.qtuning_kernels.<name>`` for every device, and what it gives for fake tensors."""
+    _library.define(name + schemas[name])
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qtuning_kernels::{name}", fake, lib=_library)
+
+
+register("token_stats", SCHEMAS, _token_stats, _fake_token_stats)
+register("token_stats_backward", SCHEMAS, _token_stats_backward, _fake_token_stats_backward)
+register("token_stats_backward_", SCHEMAS, _token_stats_backward_, _fake_token_stats_backward_)
 row_operators = RegisteredOperators("qtuning_kernels")

@@ -71,4 +71,3 @@ def token_stats_backward_(
 ) -> None:
     """`token_stats_backward`, written over the logits."""
     logits.copy_(token_stats_backward(logits, labels, stats, upstream, ignore_index, scaling))
-

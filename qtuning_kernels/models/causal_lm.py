@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtuning_kernels.models.cpu_layers import cpu_layers
-
 
 class CausalLM:
     """The parts of a Hugging Face causal language model that a step needs apart from each other.
@@ -99,10 +97,9 @@ class CausalLM:
         training = self.base.training
         self.base.eval()
         try:
-            with cpu_layers(self.base):  # the same layers on both sides: rounding may add up to more than eps
-                expected = self.base(input_ids=input_ids, use_cache=False).logits.float()
-                hidden = backbone(self.decoder, input_ids)
-                logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
+            expected = self.base(input_ids=input_ids, use_cache=False).logits.float()
+            hidden = backbone(self.decoder, input_ids)
+            logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
         finally:
             self.base.train(training)
         if self.softcap is not None:
@@ -135,8 +132,7 @@ def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def backbone(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """The hidden states ``[B, L, H]`` that enter the head."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    with cpu_layers(decoder):
-        return decoder(input_ids=input_ids, use_cache=False, **positions)[0]
+    return decoder(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
 def _scaling(config: Any) -> tuple[float, float | None]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_kernels.data.samples import MicroBatch, Sample, cu_seqlens_of, micro_batches, to_sample
-from qtuning_kernels.kernels.functional import TokenStats, linear_token_stats
+from qtuning_kernels.kernels.functional import TokenStats
+from qtuning_kernels.kernels.linear import linear_token_stats
 from qtuning_kernels.models.causal_lm import CausalLM, backbone, head_parameters
 
 

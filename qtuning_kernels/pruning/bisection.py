@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qtuning_kernels.pruning.rank import ALPHA_MAX_PERCENT, min_max
+from qtuning_kernels.pruning.operators import ALPHA_MAX_PERCENT, min_max
 
 # 0.49 · 2^-48 is far below the distance between two thresholds of any pool that fits into memory
 _ITERATIONS = 48

@@ -12,11 +12,10 @@ from qtuning_kernels.arguments import (
     check_vector,
     check_weight,
 )
+from qtuning_kernels.config import NEIGHBOR_REDUCTIONS, TOKEN_ORDERS
 from qtuning_kernels.pruning.budget import keep_counts
+from qtuning_kernels.pruning.operators import operators_for
 from qtuning_kernels.pruning.triage import Triage
-
-TOKEN_ORDERS = ("keep_low", "keep_high")
-NEIGHBOR_REDUCTIONS = ("sum", "mean")
 
 # a score is at most twice the largest perplexity, and 2·e^88 = 3.3e38 is still below float32's 3.4e38
 MAX_NLL = 88.0
@@ -69,7 +68,7 @@ def prune_tokens(
     whole = torch.where(triage.role == 4, lengths, 0)
     num_keep = torch.where(triage.role == 2, keep_counts(keep_ratio, lengths), whole)  # [B]
     ppl = nll.detach().float().clamp(max=MAX_NLL).exp()
-    return torch.ops.qtuning_kernels.select_tokens(
+    return operators_for(ppl.device).select_tokens(
         ppl.contiguous(),
         cu_seqlens.contiguous(),
         num_keep,

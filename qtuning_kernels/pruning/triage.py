@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from qtuning_kernels.arguments import FLOATS, check_choice, check_ratio, check_same_length, check_vector
+from qtuning_kernels.config import TRIAGE_METHODS
 from qtuning_kernels.pruning.bisection import triage_bisect
 from qtuning_kernels.pruning.budget import keep_count
-
-TRIAGE_METHODS = ("rank", "bisect")
+from qtuning_kernels.pruning.operators import operators_for
 
 
 class Triage(NamedTuple):
@@ -61,6 +60,6 @@ def triage_samples(ppl: Tensor, entropy: Tensor, keep_ratio: float, *, method: s
         raise ValueError("ppl has 0 entries; accepted: a pool of at least one sample")
     check_ratio("keep_ratio", keep_ratio)
     check_choice("method", method, TRIAGE_METHODS)
-    triage = triage_bisect if method == "bisect" else torch.ops.qtuning_kernels.triage_rank
+    triage = triage_bisect if method == "bisect" else operators_for(ppl.device).triage_rank
     k = keep_count(keep_ratio, ppl.shape[0])
     return Triage(*triage(*(x.detach().float().contiguous() for x in (ppl, entropy)), k))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.pruning.rank import neighbor_scores
+from qtuning_kernels.pruning.operators import neighbor_scores
 from qtuning_kernels.pruning.tokens import MAX_NLL
 from qtuning_kernels.training.step import StepPlan
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.samples import MicroBatch, Sample, cu_seqlens_of, micro_batches
-from qtuning_kernels.kernels.dispatch import stats_dtype
-from qtuning_kernels.kernels.functional import linear_cross_entropy, linear_token_stats
+from qtuning_kernels.kernels.contract import stats_dtype
+from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_stats
 from qtuning_kernels.models.causal_lm import CausalLM, head_parameters
 from qtuning_kernels.models.scoring import Scorer, Scores, layout_for, resolve_score_dtype
 from qtuning_kernels.training.accounting import Clock, Flops, Totals

@@ -64,4 +64,4 @@ def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"backend cuda: {reason}")
     monkeypatch.setenv("QTUNING_CUDA_EMULATOR", str(library()))
     if "qtuning_kernels.kernels.cuda" not in sys.modules:
-        ops._table.cache_clear()  # another test may have asked, and found no extension
+        ops._module.cache_clear()  # another test may have asked, and found no extension

@@ -107,7 +107,7 @@ def test_pool_over_the_limit_is_refused(emulated):
 @pytest.mark.parametrize("size", [1025, 4096])
 def test_triage_of_large_pools(emulated, size):
     """More samples than threads: each thread looks after several."""
-    from qtuning_kernels.pruning import rank as reference_policy
+    from qtuning_kernels.pruning import operators as reference_policy
 
     ppl, entropy = torch.randint(0, 500, (2, size)).float()
     actual = torch.ops.qtuning_kernels.triage_rank(ppl, entropy, size // 4)

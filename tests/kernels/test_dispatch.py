@@ -6,6 +6,7 @@ import pytest
 
 import qtuning_kernels as qk
 from qtuning_kernels.kernels import dispatch as ops
+from qtuning_kernels.kernels import reference
 
 
 def test_forced_backend(monkeypatch):
@@ -32,10 +33,10 @@ def test_backend_that_does_not_serve_the_device(monkeypatch):
 def no_native(monkeypatch):
     """A process in which the native extension was not built."""
 
-    def table(name):
-        return qk.BackendUnavailableError("not built: no compiler") if name == "native" else {}
+    def module(name):
+        return qk.BackendUnavailableError("not built: no compiler") if name == "native" else reference
 
-    monkeypatch.setattr(ops, "_table", table)
+    monkeypatch.setattr(ops, "_module", module)
     ops._choose.cache_clear()
     yield
     ops._choose.cache_clear()
@@ -56,7 +57,7 @@ def test_missing_backend_is_said_when_not_forced(no_native, monkeypatch):
 def test_every_backend_has_every_operator():
     for name in ops.BACKENDS:
         if ops.unavailable_reason(name) is None:
-            assert all(callable(f) for f in ops._table(name).values())
+            assert all(callable(getattr(ops._module(name), operator)) for operator in ops.SCHEMAS)
 
 
 def test_import_does_not_pull_in_the_trainer():

@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from qtuning_kernels.kernels.dispatch import BackendUnavailableError, unavailable_reason
+from qtuning_kernels.kernels.contract import BackendUnavailableError
+from qtuning_kernels.kernels.dispatch import unavailable_reason
 
 if reason := unavailable_reason("native"):
     pytest.skip(f"backend native: {reason}", allow_module_level=True)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtuning_kernels as qk
-from qtuning_kernels.pruning import rank as reference_policy
+from qtuning_kernels.pruning import operators as reference_policy
 from qtuning_kernels.pruning.bisection import triage_bisect
 
 READS = {

@@ -1,14 +1,30 @@
-"""The three policy operators in plain PyTorch: segment means, rank triage, token selection.
+"""The three operators of the policy in plain PyTorch, for every device: segment means, rank triage, token selection.
 
-What every backend must reproduce exactly, ties included. Nothing here waits for the device: no value is
-read on the host and no shape depends on data, so all of it also runs on meta tensors. The letters in the
-docstrings are the decisions of docs/method.md.
+On GPUs that Triton serves, `triton_kernels` has the same three as kernels, equal to these exactly, ties included.
+Nothing here waits for the device: no value is read on the host and no shape depends on data, so all of it also runs on
+meta tensors. The letters in the docstrings are the decisions of docs/method.md.
 """
+
+import importlib
+import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from qtuning_kernels.kernels.dispatch import backend
+
 ALPHA_MAX_PERCENT = 49  # the bisection's upper end, α ≤ 0.49
+
+
+def operators_for(device: torch.device) -> ModuleType:
+    """The module whose `segment_means`, `triage_rank` and `select_tokens` serve tensors on `device`.
+
+    Under `torch.compile` it is this one, from which the compiler makes kernels of its own.
+    """
+    if torch.compiler.is_compiling() or device.type == "meta" or backend(device) != "triton":
+        return sys.modules[__name__]
+    return importlib.import_module("qtuning_kernels.triton_kernels")
 
 
 def _segment_of(cu_seqlens: Tensor, size: int) -> Tensor:
