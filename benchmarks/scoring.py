@@ -24,7 +24,8 @@ from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, mark
 from benchmarks.peers import eager_stats
 from benchmarks.step_variants import Bench
 from qtuning_kernels import eu_plane, linear_token_stats, triage_samples
-from qtuning_kernels.data.samples import micro_batches, to_sample
+from qtuning_kernels.data.micro_batches import micro_batches
+from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models import scoring
 from qtuning_kernels.models.causal_lm import CausalLM, backbone
 from qtuning_kernels.models.cpu_layers import cpu_layers
@@ -63,7 +64,7 @@ def agreement(bench: Bench, count: int, pool: int) -> list[dict]:
 
 
 def layouts(bench: Bench, repeats: int) -> list[dict]:
-    parts = CausalLM(bench.model)
+    causal_lm = CausalLM(bench.model)
     pool = bench.pool(0)
     longest = max(len(s.input_ids) for s in pool)
     unsorted = [to_sample(torch.nn.functional.pad(s.input_ids, (0, longest - len(s.input_ids))),
@@ -72,9 +73,9 @@ def layouts(bench: Bench, repeats: int) -> list[dict]:
     def forward(batches: list) -> None:
         with torch.no_grad():
             for batch in batches:
-                backbone(parts.decoder, batch.input_ids, batch.position_ids)
+                backbone(causal_lm.decoder, batch.input_ids, batch.position_ids)
 
-    parts.base.eval()
+    causal_lm.base.eval()
     cases = {f"{layout}, {budget} tokens": micro_batches(pool, budget, layout)
              for layout in ("padded", "packed") for budget in (8192,)}  # fmt: skip
     cases["padded to the longest"] = micro_batches(unsorted, 10**9)
@@ -88,7 +89,7 @@ def layouts(bench: Bench, repeats: int) -> list[dict]:
 def behind_the_backbone(bench: Bench, repeats: int, dtype: str) -> list[dict]:
     """A scoring pass with and without what follows the backbone, in turn; the share is one minus their ratio."""
     model = copy.deepcopy(bench.model).to(getattr(torch, dtype)).eval()
-    parts = CausalLM(model)
+    causal_lm = CausalLM(model)
     pool = bench.pool(0)
     whole = transformers.DataCollatorForSeq2Seq(bench.tokenizer)(bench.features(0))
     tokens, mask = whole["input_ids"], whole["attention_mask"]
@@ -97,16 +98,16 @@ def behind_the_backbone(bench: Bench, repeats: int, dtype: str) -> list[dict]:
 
     @torch.no_grad()
     def eager(head: bool) -> None:
-        hidden = parts.decoder(input_ids=tokens, attention_mask=mask, use_cache=False)[0]
+        hidden = causal_lm.decoder(input_ids=tokens, attention_mask=mask, use_cache=False)[0]
         if head:
-            eager_stats(parts.head(hidden[:, :-1]).flatten(0, 1), labels)
+            eager_stats(causal_lm.head(hidden[:, :-1]).flatten(0, 1), labels)
 
     @torch.no_grad()
     def native(head: bool) -> None:
         for batch in batches:
-            hidden = backbone(parts.decoder, batch.input_ids, batch.position_ids).flatten(0, 1)
+            hidden = backbone(causal_lm.decoder, batch.input_ids, batch.position_ids).flatten(0, 1)
             if head:
-                linear_token_stats(hidden[batch.rows], parts.head.weight, batch.labels)
+                linear_token_stats(hidden[batch.rows], causal_lm.head.weight, batch.labels)
 
     passes = {"eager": eager, "native": native}
     cases = {(name, head): lambda f=f, head=head: f(head) for name, f in passes.items() for head in (False, True)}

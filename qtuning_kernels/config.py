@@ -8,8 +8,8 @@ TRIAGE_METHODS = ("rank", "bisect")
 TOKEN_ORDERS = ("keep_low", "keep_high")
 NEIGHBOR_REDUCTIONS = ("sum", "mean")
 TOKEN_MODES = ("mask", "drop")
+MATMULS = ("auto", "default", "onednn")
 SCORE_DTYPES = ("auto", "float32", "bfloat16", "model")
-STEPS = ("auto", "rescore", "reuse")
 SELECTION_SCOPES = ("global", "rank")
 
 
@@ -32,9 +32,11 @@ class QTuningConfig:
             longer sample goes alone.
         score_batch_tokens: the same for one forward of the scoring pass, which keeps no graph.
         score_dtype: precision of the scoring pass: ``"model"`` as the weights are, ``"float32"``,
-            ``"bfloat16"``, or ``"auto"``, which takes bfloat16 where the processor computes in it.
-        step: ``"rescore"`` scores the pool without a graph, then trains on the kept part; ``"reuse"`` keeps
-            the graph of the scoring forward and goes back through the kept part; ``"auto"`` chooses.
+            ``"bfloat16"``, or ``"auto"``, which takes bfloat16 for a float32 model on a CPU where a measurement at
+            the start says that it is faster.
+        matmul: who multiplies float32 matrices on a CPU: ``"default"`` as PyTorch is set, ``"onednn"``, or
+            ``"auto"``, the faster one of those as exact as float32, by a measurement at the start. A resumed run
+            keeps what was chosen; two runs that shall agree bit by bit fix `matmul` and `score_dtype`.
         rescore_every: epochs from one scoring of a sample to the next. Above 1 the recorded scores of an
             earlier epoch select in between.
         selection_scope: with several processes, whether the pools of all are one (``"global"``), or each
@@ -57,7 +59,7 @@ class QTuningConfig:
     micro_batch_tokens: int = 4096
     score_batch_tokens: int = 8192
     score_dtype: str = "auto"
-    step: str = "auto"
+    matmul: str = "auto"
     rescore_every: int = 1
     selection_scope: str = "global"
     record: bool = True
@@ -74,28 +76,8 @@ class QTuningConfig:
         check_count("micro_batch_tokens", self.micro_batch_tokens, 1)
         check_count("score_batch_tokens", self.score_batch_tokens, 1)
         check_choice("score_dtype", self.score_dtype, SCORE_DTYPES)
-        check_choice("step", self.step, STEPS)
+        check_choice("matmul", self.matmul, MATMULS)
         check_count("rescore_every", self.rescore_every, 1)
         check_choice("selection_scope", self.selection_scope, SELECTION_SCOPES)
         check_flag("record", self.record)
         check_count("record_tokens", self.record_tokens, 0)
-        if self.step == "reuse":
-            self._check_reuse()
-
-    def _check_reuse(self) -> None:
-        """The scoring forward is the training forward, so it has to be one that training can use."""
-        if self.token_mode == "drop":
-            raise ValueError(
-                "step is 'reuse' and token_mode is 'drop'; accepted with 'reuse': 'mask', because a sequence "
-                "without its pruned tokens needs a forward of its own"
-            )
-        if self.score_dtype not in ("auto", "model"):
-            raise ValueError(
-                f"step is 'reuse' and score_dtype is {self.score_dtype!r}; accepted with 'reuse': 'auto' or "
-                "'model', because one forward serves both"
-            )
-        if self.rescore_every > 1:
-            raise ValueError(
-                f"step is 'reuse' and rescore_every is {self.rescore_every}; accepted with 'reuse': 1, "
-                "because it scores in the forward that it trains from"
-            )

@@ -49,7 +49,7 @@ def test_every_field_is_documented():
         ("micro_batch_tokens", 1e3, TypeError, "an integer"),
         ("score_batch_tokens", -1, ValueError, "an integer of at least 1"),
         ("score_dtype", "fp8", ValueError, "'auto', 'float32', 'bfloat16', 'model'"),
-        ("step", "once", ValueError, "'auto', 'rescore', 'reuse'"),
+        ("matmul", "mkl", ValueError, "'auto', 'default', 'onednn'"),
         ("rescore_every", 0, ValueError, "an integer of at least 1"),
         ("rescore_every", True, TypeError, "an integer"),
         ("selection_scope", "local", ValueError, "'global', 'rank'"),
@@ -60,12 +60,3 @@ def test_every_field_is_documented():
 def test_bad_values(field, value, error, accepted):
     with pytest.raises(error, match=f"{field} is .*; accepted: {accepted}"):
         qk.QTuningConfig(**{field: value})
-
-
-@pytest.mark.parametrize("other", [{"token_mode": "drop"}, {"score_dtype": "bfloat16"}, {"rescore_every": 2}], ids=str)
-def test_reuse_excludes(other):
-    """One forward that scores and trains can neither shorten its sequences nor differ in precision."""
-    (name,) = other
-    with pytest.raises(ValueError, match=f"step is 'reuse' and {name} is"):
-        qk.QTuningConfig(step="reuse", **other)
-    assert qk.QTuningConfig(step="auto", **other)

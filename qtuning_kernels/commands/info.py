@@ -22,6 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
+    from qtuning_kernels.models.matmul import time_products
+
     print("versions")
     print(f"  {'python':<16} {platform.python_version()} on {platform.platform()}")
     for name in _DISTRIBUTIONS:
@@ -42,6 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {f'{device} tensors':<16} {_serving(device)}")
     for device, reason in ops.ORDER_REASON.items():
         print(f"  {f'{device} order':<16} {', '.join(ops.default_order(device))}: {reason}")
+    times = time_products([(192, 576), (1536, 576)], 512)  # of SmolLM2-135M
+    print("products")
+    for name, milliseconds in times.milliseconds.items():
+        print(f"  {name:<16} {milliseconds:.1f} ms, error {times.error[name]:.1e}")
+    print(f"  {'float32 by':<16} {times.matmul()}: the faster of those as exact as float32")
     print("embedded")
     for asset in (fetch.MODEL, fetch.DATA):
         place = fetch.asset_folder(asset) if fetch.is_fetched(asset) else "not fetched; run: qtuning fetch"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.config import SCORE_DTYPES
+from qtuning_kernels.config import MATMULS, SCORE_DTYPES
 from qtuning_kernels.data.sources import reads_as_path
 from qtuning_kernels.demo import assets as fetch
 
@@ -119,7 +119,13 @@ def add_scoring(group: Any) -> None:
         "--score-dtype",
         choices=SCORE_DTYPES,
         default="auto",
-        help="precision of the scoring pass; auto takes bfloat16 where the processor computes in it",
+        help="precision of the scoring pass; auto takes bfloat16 where it measures faster (CPU)",
+    )
+    group.add_argument(
+        "--matmul",
+        choices=MATMULS,
+        default="auto",
+        help="who multiplies float32 matrices on a CPU: as PyTorch is set (default), oneDNN, or the faster (auto)",
     )
     group.add_argument(
         "--score-batch-tokens",

@@ -13,13 +13,15 @@ def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, cons
 
     from qtuning_kernels.data.samples import to_sample
     from qtuning_kernels.models.causal_lm import CausalLM
+    from qtuning_kernels.models.matmul import choose_precision
     from qtuning_kernels.models.scoring import Scorer, Scores
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
-    scorer = Scorer(
-        model, CausalLM(model), score_dtype=arguments.score_dtype, batch_tokens=arguments.score_batch_tokens
-    )
+    causal_lm = CausalLM(model)
+    precision = choose_precision(causal_lm.base, matmul=arguments.matmul, score_dtype=arguments.score_dtype)
+    console.print(str(precision), highlight=False)
+    scorer = Scorer(model, causal_lm, precision, batch_tokens=arguments.score_batch_tokens)
     # samples of about one length together, so that little of a batch is padding
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
     chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]

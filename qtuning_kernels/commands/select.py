@@ -93,7 +93,8 @@ def _record(records: Any, samples: Any, index: int) -> dict[str, Any]:
 
 def _token_rows(samples: Any, selection: Any, token_mode: str) -> Iterable[dict[str, Any]]:
     """Tokenised samples, labels −100 where nothing is trained."""
-    from qtuning_kernels.data.samples import IGNORE_INDEX, to_sample
+    from qtuning_kernels.data.samples import to_sample
+    from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
     for index in _kept(selection):
         row = samples[index]
@@ -101,7 +102,7 @@ def _token_rows(samples: Any, selection: Any, token_mode: str) -> Iterable[dict[
         prune = sample.dropped if token_mode == "drop" else sample.masked
         pruned = prune(selection.keep_of(index))
         labels = [IGNORE_INDEX] * len(pruned.input_ids)
-        for position, label in zip(pruned.targets.tolist(), pruned.labels.tolist(), strict=True):
+        for position, label in zip(pruned.label_positions.tolist(), pruned.labels.tolist(), strict=True):
             labels[position] = label
         yield {"sample_id": row["sample_id"], "input_ids": pruned.input_ids.tolist(), "labels": labels}
 

@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
         micro_batch_tokens=arguments.micro_batch_tokens,
         score_batch_tokens=arguments.score_batch_tokens,
         score_dtype=arguments.score_dtype,
+        matmul=arguments.matmul,
     )
     output = arguments.output or Path("runs") / time.strftime("qtuning-%Y%m%d-%H%M%S")
     checkpoint = checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None)
@@ -251,6 +252,7 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
         "loss first, last": f"{number(summary['loss_first'])}, {number(summary['loss_last'])}; mean of the "
         f"first and last {_LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "
         f"{number(summary['loss_last_steps'])}",
+        "precision": summary["precision"] or "",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()),
         "wall time": f"{summary['wall_seconds']:.1f} s",
     }

@@ -1,15 +1,14 @@
-"""Samples as lists of tokens, and micro-batches of them under a token budget."""
+"""Samples as lists of tokens, on the host."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-MIN_FILL = 0.9  # a row of a padded group that is emptier than this costs more than a group of its own
+from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -18,56 +17,38 @@ class Sample:
 
     Attributes:
         input_ids: int64 ``[L]``.
-        targets: int64 ``[T]``, ascending positions of the trainable tokens. A token is predicted from the
-            position before it, so position 0 is never a target.
+        label_positions: int64 ``[T]``, ascending positions of the trainable tokens. A token is predicted from the
+            position before it, so position 0 is never one.
         labels: int64 ``[T]``, the tokens to predict there.
         sample_id: stable over epochs and runs.
     """
 
     input_ids: Tensor
-    targets: Tensor
+    label_positions: Tensor
     labels: Tensor
     sample_id: int
 
     def trimmed(self) -> "Sample":
         """Without the tokens after which nothing is predicted: attention is causal, so no result changes."""
-        end = int(self.targets[-1]) if len(self.targets) else 1
-        return Sample(self.input_ids[: max(end, 1)], self.targets, self.labels, self.sample_id)
+        end = int(self.label_positions[-1]) if len(self.label_positions) else 1
+        return Sample(self.input_ids[: max(end, 1)], self.label_positions, self.labels, self.sample_id)
 
     def masked(self, keep: Tensor) -> "Sample":
-        """The same sequence with only the targets that `keep` (bool ``[T]``) marks."""
-        return Sample(self.input_ids, self.targets[keep], self.labels[keep], self.sample_id)
+        """The same sequence with only the label positions that `keep` (bool ``[T]``) marks."""
+        return Sample(self.input_ids, self.label_positions[keep], self.labels[keep], self.sample_id)
 
     def dropped(self, keep: Tensor) -> "Sample":
-        """The sequence without its pruned tokens, and only the kept targets.
+        """The sequence without its pruned tokens, and only the kept label positions.
 
         The prompt stays, and so does the last token of each answer (the end of turn), in the sequence if
         not in the loss.
         """
         follows = torch.zeros_like(keep)
-        follows[:-1] = self.targets[1:] == self.targets[:-1] + 1  # the answer goes on behind this token
+        follows[:-1] = self.label_positions[1:] == self.label_positions[:-1] + 1  # the answer goes on behind this token
         present = torch.ones_like(self.input_ids, dtype=torch.bool)
-        present[self.targets[~keep & follows]] = False
+        present[self.label_positions[~keep & follows]] = False
         moved = present.long().cumsum(0) - 1
-        return Sample(self.input_ids[present], moved[self.targets[keep]], self.labels[keep], self.sample_id)
-
-
-class MicroBatch(NamedTuple):
-    """What one forward reads, and where its head runs.
-
-    input_ids ``[b, L]``; position_ids ``[1, L]`` if samples are packed, else None; rows ``[n]``, indices
-    into the flattened hidden states that predict a trainable token; labels ``[n]``; slots ``[n]``, the place
-    of each of these tokens in the flattened tokens of the samples as they were passed.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor | None
-    rows: Tensor
-    labels: Tensor
-    slots: Tensor
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        return Sample(self.input_ids[present], moved[self.label_positions[keep]], self.labels[keep], self.sample_id)
 
 
 def content_id(input_ids: Sequence[int]) -> int:
@@ -84,9 +65,9 @@ def to_sample(input_ids: Iterable[int], labels: Iterable[int], sample_id: int | 
         raise ValueError(
             f"input_ids and labels must be lists of equal length, got {list(tokens.shape)} and {list(aligned.shape)}"
         )
-    targets = (aligned[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
+    label_positions = (aligned[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
     identity = content_id(tokens.tolist()) if sample_id is None else int(sample_id)
-    return Sample(tokens, targets, aligned[targets], identity)
+    return Sample(tokens, label_positions, aligned[label_positions], identity)
 
 
 def unpad(batch: Mapping[str, Any]) -> list[Sample]:
@@ -120,83 +101,7 @@ def unpad(batch: Mapping[str, Any]) -> list[Sample]:
     return samples
 
 
-class PoolCollator:
-    """Pads samples on the right and keeps their ids; the batch is the selection pool.
-
-    Args:
-        pad_token_id: fills ``input_ids``; no result depends on it.
-    """
-
-    def __init__(self, pad_token_id: int = 0) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        def padded(rows: list[Sequence[int]], value: int) -> Tensor:
-            tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-        tokens = [feature["input_ids"] for feature in features]
-        batch = {
-            "input_ids": padded(tokens, self.pad_token_id),
-            "attention_mask": padded([[1] * len(row) for row in tokens], 0),
-            "labels": padded([feature["labels"] for feature in features], IGNORE_INDEX),
-        }
-        if all("sample_id" in feature for feature in features):
-            batch["sample_id"] = torch.tensor([int(feature["sample_id"]) for feature in features])
-        return batch
-
-
 def cu_seqlens_of(samples: Sequence[Sample]) -> Tensor:
     """int32 ``[B+1]``, prefix sum of the trainable tokens per sample."""
-    counts = torch.tensor([0, *(len(s.targets) for s in samples)])
+    counts = torch.tensor([0, *(len(s.label_positions) for s in samples)])
     return counts.cumsum(0).to(torch.int32)
-
-
-def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "padded") -> list[MicroBatch]:
-    """Samples in groups, each of at most `token_budget` tokens, padding included.
-
-    Trailing tokens that predict nothing are cut, and samples without a target are left out. ``"padded"`` puts
-    samples of similar length into rows; no mask is needed: padding is on the right and attention causal.
-    ``"packed"`` lays it end to end in one row with position ids that start again, from which the model makes
-    its attention block-diagonal. A sample longer than the budget goes alone.
-    """
-    starts = cu_seqlens_of(samples).tolist()
-    order = [i for i, s in enumerate(samples) if len(s.targets)]
-    short = {i: samples[i].trimmed() for i in order}
-    order.sort(key=lambda i: len(short[i].input_ids), reverse=True)
-    groups: list[list[int]] = []
-    used = width = 0  # of the last group: its tokens as the layout counts them, and its longest sample
-    for i in order:
-        length = len(short[i].input_ids)
-        cost = length if layout == "packed" else width
-        similar = layout == "packed" or length >= MIN_FILL * width
-        if groups and used + cost <= token_budget and similar:
-            groups[-1].append(i)
-            used += cost
-        else:
-            groups.append([i])
-            used = width = length
-    build = _packed if layout == "packed" else _padded
-    return [build([short[i] for i in group], [starts[i] for i in group]) for group in groups]
-
-
-def _flat(samples: list[Sample], row_starts: list[int], slot_starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.cat([s.targets - 1 + start for s, start in zip(samples, row_starts, strict=True)])
-    slots = torch.cat(
-        [torch.arange(start, start + len(s.targets)) for s, start in zip(samples, slot_starts, strict=True)]
-    )
-    return rows, torch.cat([s.labels for s in samples]), slots
-
-
-def _padded(samples: list[Sample], slot_starts: list[int]) -> MicroBatch:
-    input_ids = torch.nn.utils.rnn.pad_sequence([s.input_ids for s in samples], batch_first=True)
-    width = input_ids.shape[1]
-    return MicroBatch(input_ids, None, *_flat(samples, [i * width for i in range(len(samples))], slot_starts))
-
-
-def _packed(samples: list[Sample], slot_starts: list[int]) -> MicroBatch:
-    lengths = [len(s.input_ids) for s in samples]
-    row_starts = [sum(lengths[:i]) for i in range(len(samples))]
-    position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    input_ids = torch.cat([s.input_ids for s in samples]).unsqueeze(0)
-    return MicroBatch(input_ids, position_ids, *_flat(samples, row_starts, slot_starts))

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qtuning_kernels.data.conversations import Message, NoAnswerError, Shape, detect_shape
 from qtuning_kernels.data.sources import DataError, Records, read_records
+from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 _BATCH = 1000
 _EXAMPLES = 5
 

@@ -54,9 +54,9 @@ class CausalLM:
         model: nn.Module,
         input_ids: Tensor,
         position_ids: Tensor | None,
-        then: Callable[[Tensor], Any],
+        head_fn: Callable[[Tensor], Any],
     ) -> Any:
-        """``then(hidden states [B, L, H])``, computed inside the forward of `model`, whatever wraps it.
+        """``head_fn(hidden states [B, L, H])``, computed inside the forward of `model`, whatever wraps it.
 
         Gradient synchronisation, sharding and adapters hang on the wrappers' forward, and a parameter that
         is used outside of it is one that they do not know of. So the wrappers run as always, the head and
@@ -65,11 +65,11 @@ class CausalLM:
         Args:
             model: what the trainer got from wrapping `base`.
             input_ids: ``[B, L]``; position_ids: ``[1, L]`` for packed samples, else None.
-            then: what to compute from the hidden states; its result is the forward's.
+            head_fn: what to compute from the hidden states; its result is the forward's.
         """
 
         def innermost(input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
-            return then(backbone(self.decoder, input_ids, position_ids))
+            return head_fn(backbone(self.decoder, input_ids, position_ids))
 
         own = self.base.__dict__.get("forward")
         self.base.forward = innermost

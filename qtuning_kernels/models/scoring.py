@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qtuning_kernels.data.samples import MicroBatch, Sample, cu_seqlens_of, micro_batches, to_sample
+from qtuning_kernels.data.micro_batches import MicroBatch, micro_batches
+from qtuning_kernels.data.samples import Sample, cu_seqlens_of, to_sample
 from qtuning_kernels.kernels.functional import TokenStats
 from qtuning_kernels.kernels.linear import linear_token_stats
 from qtuning_kernels.models.causal_lm import CausalLM, backbone, head_parameters
+from qtuning_kernels.models.matmul import Precision, choose_precision, float32_matmul
 
 
 class Scores(NamedTuple):
@@ -34,37 +36,24 @@ def layout_for(model: nn.Module) -> str:
     return "packed" if "flash" in attention else "padded"
 
 
-def resolve_score_dtype(score_dtype: str, model: nn.Module) -> torch.dtype | None:
-    """The dtype that the scoring pass converts the weights to; None: it takes them as they are.
-
-    ``"auto"`` is bfloat16 on a CPU that computes in it; on other devices the weights as they are, under the
-    run's own autocast.
-    """
-    parameter = next(model.parameters())
-    if score_dtype == "auto":
-        fast = parameter.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        score_dtype = "bfloat16" if fast and parameter.dtype == torch.float32 else "model"
-    if score_dtype == "model":
-        return None
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[score_dtype]
-    return None if dtype == parameter.dtype else dtype
-
-
 class Scorer:
     """Scores samples with a model, in its own precision or through a copy of its weights in another.
 
     Args:
         model: the causal language model, possibly wrapped.
-        parts: its `CausalLM`.
-        score_dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"model"``.
+        causal_lm: its `CausalLM`.
+        precision: how it multiplies.
         batch_tokens: most tokens in one forward, padding included.
     """
 
     def __init__(
-        self, model: nn.Module, parts: CausalLM, *, score_dtype: str = "auto", batch_tokens: int = 8192
+        self, model: nn.Module, causal_lm: CausalLM, precision: Precision, *, batch_tokens: int = 8192
     ) -> None:
-        self.model, self.parts, self.batch_tokens = model, parts, batch_tokens
-        self.dtype = resolve_score_dtype(score_dtype, parts.base)
+        self.model, self.causal_lm, self.batch_tokens = model, causal_lm, batch_tokens
+        self.matmul = precision.matmul
+        # that the weights are converted to; None: they are taken as they are
+        wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision.score_dtype)
+        self.dtype = None if wanted == next(causal_lm.base.parameters()).dtype else wanted
         self.tokens_scored = 0  # positions that the forwards read, padding included
         self._copy: tuple[nn.Module, nn.Module] | None = None
 
@@ -78,36 +67,37 @@ class Scorer:
         """
         cu_seqlens = cu_seqlens_of(samples)
         stats = torch.zeros(2, int(cu_seqlens[-1]), device=device)
-        batches = micro_batches(samples, self.batch_tokens, layout_for(self.parts.base))
-        training = self.parts.base.training
-        self.parts.base.eval()  # dropout would make the scores random
+        batches = micro_batches(samples, self.batch_tokens, layout_for(self.causal_lm.base))
+        training = self.causal_lm.base.training
+        self.causal_lm.base.eval()  # dropout would make the scores random
         try:
             if self.dtype:
                 self._refresh_copy()
                 autocast = nullcontext
-            with torch.no_grad(), autocast():  # one context, which casts each weight once
+            # one context of autocast, which casts each weight once
+            with torch.no_grad(), autocast(), float32_matmul(self.matmul):
                 for batch in batches:
                     self.tokens_scored += batch.input_ids.numel()
                     batch = batch.to(device)
                     result = self._forward(batch)
-                    stats[0, batch.slots] = result.nll.to(stats.dtype)
-                    stats[1, batch.slots] = result.entropy.to(stats.dtype)
+                    stats[0, batch.token_index] = result.nll.to(stats.dtype)
+                    stats[1, batch.token_index] = result.entropy.to(stats.dtype)
         finally:
-            self.parts.base.train(training)
+            self.causal_lm.base.train(training)
         return Scores(stats[0], stats[1], cu_seqlens.to(device))
 
     def _forward(self, batch: MicroBatch) -> TokenStats:
         def stats_of(hidden: Tensor, head: nn.Module) -> TokenStats:
             weight, bias = head_parameters(head)
             hidden = hidden.flatten(0, 1)[batch.rows]
-            return linear_token_stats(hidden, weight, batch.labels, bias=bias, **self.parts.scaling())
+            return linear_token_stats(hidden, weight, batch.labels, bias=bias, **self.causal_lm.scaling())
 
         if self._copy is None:
-            return self.parts.forward(
+            return self.causal_lm.forward(
                 self.model,
                 batch.input_ids,
                 batch.position_ids,
-                lambda hidden: stats_of(hidden, self.parts.head),
+                lambda hidden: stats_of(hidden, self.causal_lm.head),
             )
         decoder, head = self._copy
         return stats_of(backbone(decoder, batch.input_ids, batch.position_ids), head)
@@ -115,9 +105,9 @@ class Scorer:
     @torch.no_grad()
     def _refresh_copy(self) -> None:
         """Brings the copy up to date. Frozen weights were converted once, for good."""
-        own = (self.parts.decoder, self.parts.head)
+        own = (self.causal_lm.decoder, self.causal_lm.head)
         if self._copy is None:
-            head_parameters(self.parts.head)  # a sharded model cannot be copied
+            head_parameters(self.causal_lm.head)  # a sharded model cannot be copied
             # one call, so that a head tied to the embedding stays tied
             self._copy = copy.deepcopy(own)
             for module in self._copy:
@@ -137,6 +127,7 @@ def score_samples(
     *,
     score_batch_tokens: int = 8192,
     score_dtype: str = "auto",
+    matmul: str = "auto",
 ) -> Scores:
     """nll and entropy of every trainable token of `samples` under `model`, in nats.
 
@@ -145,7 +136,7 @@ def score_samples(
         samples: mappings with ``input_ids``, ``labels`` (−100 outside the answer) and, optionally,
             ``sample_id``; or `Sample`.
         score_batch_tokens: most tokens in one forward, padding included.
-        score_dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"model"``, as in `QTuningConfig`.
+        score_dtype, matmul: as in `QTuningConfig`.
 
     Returns:
         `Scores`: nll ``[T]``, entropy ``[T]``, cu_seqlens ``[B+1]``, on the model's device.
@@ -153,9 +144,10 @@ def score_samples(
     Raises:
         ValueError: an unsupported model (see `CausalLM`), or a malformed sample.
     """
-    parts = CausalLM(model)
+    causal_lm = CausalLM(model)
     ready = [
         s if isinstance(s, Sample) else to_sample(s["input_ids"], s["labels"], s.get("sample_id")) for s in samples
     ]
-    scorer = Scorer(model, parts, score_dtype=score_dtype, batch_tokens=score_batch_tokens)
-    return scorer.score(ready, next(parts.base.parameters()).device)
+    precision = choose_precision(causal_lm.base, matmul=matmul, score_dtype=score_dtype)
+    scorer = Scorer(model, causal_lm, precision, batch_tokens=score_batch_tokens)
+    return scorer.score(ready, next(causal_lm.base.parameters()).device)

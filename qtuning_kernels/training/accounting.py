@@ -76,14 +76,14 @@ class Flops:
     and for the full-data step that it is compared with alike.
     """
 
-    def __init__(self, parts: CausalLM) -> None:
-        embedding = parts.base.get_input_embeddings()
+    def __init__(self, causal_lm: CausalLM) -> None:
+        embedding = causal_lm.base.get_input_embeddings()
         skip = {id(p) for p in embedding.parameters()}
-        weights = [p for p in parts.decoder.parameters() if id(p) not in skip]
+        weights = [p for p in causal_lm.decoder.parameters() if id(p) not in skip]
         self.body = sum(p.numel() for p in weights)
         self.body_trained = sum(p.numel() for p in weights if p.requires_grad)
-        self.head = parts.head.weight.numel()
-        self.head_trained = self.head if parts.head.weight.requires_grad else 0
+        self.head = causal_lm.head.weight.numel()
+        self.head_trained = self.head if causal_lm.head.weight.requires_grad else 0
 
     def forward(self, positions: int, head_rows: int) -> float:
         return 2.0 * (self.body * positions + self.head * head_rows)

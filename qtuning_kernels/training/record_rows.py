@@ -19,7 +19,7 @@ def sample_rows(plan: StepPlan) -> list[dict[str, Any]]:
     for index, pool in enumerate(plan.pools):
         selection = plan.selections[index] if plan.selections else None
         for i, sample in enumerate(pool):
-            tokens = len(sample.targets)
+            tokens = len(sample.label_positions)
             row = {"id": sample.sample_id, "num_tokens": tokens}
             if selection is None:
                 row |= {"keep": tokens > 0, "kept_tokens": tokens}
@@ -71,7 +71,7 @@ def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QT
             config.neighbor_weight,
             config.neighbor_reduction == "mean",
         )
-        prompt = sample.input_ids[: int(sample.targets[0])][-PROMPT_TOKENS:].tolist()
+        prompt = sample.input_ids[: int(sample.label_positions[0])][-PROMPT_TOKENS:].tolist()
         labels = sample.labels.tolist()
         rows.append(
             {

@@ -41,7 +41,7 @@ class ScoreCache:
 
     def _holds(self, sample: Sample, epoch: int) -> bool:
         entry = self._entries.get(sample.sample_id)
-        if entry is None or entry[1].shape[1] != len(sample.targets):
+        if entry is None or entry[1].shape[1] != len(sample.label_positions):
             return False
         return epoch - entry[0] < self.rescore_every
 

@@ -11,6 +11,7 @@ from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.samples import Sample
 from qtuning_kernels.models.scoring import Scores
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
+from qtuning_kernels.training.distributed import gather
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,6 @@ class Selection:
         kept = [i for i, keep in enumerate(self.triage.keep.tolist()) if keep]
         prune = Sample.dropped if token_mode == "drop" else Sample.masked
         return [prune(samples[i], self.keep_of(i)) for i in kept]
-
-
-def gather(value: object) -> list:
-    """`value` of every process, in the order of ranks."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _shared_triage(plane: EUPlane, config: QTuningConfig) -> Triage:
@@ -92,20 +84,3 @@ def select(scores: Scores, config: QTuningConfig, *, shared: bool = False) -> Se
         mask.cpu(),
         scores.cu_seqlens.cpu(),
     )
-
-
-def deal(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
-    """Samples dealt out so that each process gets about as many tokens: longest first, each to the process
-    with the least so far, the lowest rank among equals."""
-    loads, hands = [0] * processes, [[] for _ in range(processes)]
-    for sample in sorted(samples, key=lambda s: len(s.trimmed().input_ids), reverse=True):
-        least = loads.index(min(loads))
-        loads[least] += len(sample.trimmed().input_ids)
-        hands[least].append(sample)
-    return hands
-
-
-def exchange(kept: list[Sample]) -> list[Sample]:
-    """This process's share of the samples that all processes keep; only these travel, as token ids."""
-    everyone = [sample for part in gather(kept) for sample in part]
-    return deal(everyone, dist.get_world_size())[dist.get_rank()]

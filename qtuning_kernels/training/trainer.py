@@ -13,17 +13,21 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.data.samples import PoolCollator, unpad
+from qtuning_kernels.data.collator import PoolCollator
+from qtuning_kernels.data.samples import unpad
 from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.models.matmul import Precision
 from qtuning_kernels.run_record.writer import RunRecord
 from qtuning_kernels.training.accounting import Totals
+from qtuning_kernels.training.distributed import gather
 from qtuning_kernels.training.record_rows import sample_rows, step_row, token_rows
-from qtuning_kernels.training.selection import gather
 from qtuning_kernels.training.step import QTuningStep, StepPlan
 
 STATE_FILE = "qtuning_state.safetensors"
+logger = logging.get_logger(__name__)
 
 
 class QTuningTrainer(Trainer):
@@ -71,8 +75,8 @@ class QTuningTrainer(Trainer):
             processing_class,
             **kwargs,
         )
-        self.parts = CausalLM(self.model)
-        self.parts.check()
+        self.causal_lm = CausalLM(self.model)
+        self.causal_lm.check()
         self._refuse_unsupported()
         # the step divides by its own count of tokens, and accelerate must not divide again
         self.model_accepts_loss_kwargs = True
@@ -196,7 +200,9 @@ class QTuningTrainer(Trainer):
         if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
             inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
             return super().compute_loss(model, inputs, return_outputs)
-        step = self._step or QTuningStep(model, self.parts, self.qtuning, self.args.device, self.accelerator.autocast)
+        step = self._step or QTuningStep(
+            model, self.causal_lm, self.qtuning, self.args.device, self.accelerator.autocast
+        )
         loss = step.loss(unpad(inputs))
         return (loss, {}) if return_outputs else loss
 
@@ -216,20 +222,28 @@ class QTuningTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save and self._step is not None:
-            metadata = {"totals": json.dumps(asdict(self.totals))}
+            metadata = {
+                "totals": json.dumps(asdict(self.totals)),
+                "matmul": self._step.precision.matmul,
+                "score_dtype": self._step.precision.score_dtype,
+            }
             self._step.cache.save(Path(output_dir) / STATE_FILE, metadata)
 
     # the run's own bookkeeping
 
     def _begin(self) -> None:
         """Before the first step: the step itself, what a resumed run brings along, and the record."""
-        self._step = QTuningStep(
-            self.model_wrapped, self.parts, self.qtuning, self.args.device, self.accelerator.autocast
-        )
         resumed = self._resume_from is not None
-        if resumed and (state := Path(self._resume_from) / STATE_FILE).exists():
+        state = Path(self._resume_from) / STATE_FILE if resumed else None
+        metadata = _metadata(state) if state and state.exists() else {}
+        precision = Precision(metadata["matmul"], metadata["score_dtype"]) if metadata else None
+        self._step = QTuningStep(
+            self.model_wrapped, self.causal_lm, self.qtuning, self.args.device, self.accelerator.autocast, precision
+        )
+        logger.info(str(self._step.precision))
+        if metadata:
             self._step.cache.load(state)
-            self.totals = _load_totals(state)
+            self.totals = Totals(**json.loads(metadata["totals"]))
         if self.qtuning.record and self.is_world_process_zero():
             self._record = RunRecord(
                 Path(self.args.output_dir) / "record",
@@ -239,7 +253,11 @@ class QTuningTrainer(Trainer):
                 seed=self.args.seed,
             )
             self._record.write_run(
-                configuration={"qtuning": asdict(self.qtuning), "training": self.args.to_sanitized_dict()}
+                configuration={
+                    "qtuning": asdict(self.qtuning),
+                    "precision": asdict(self._step.precision),
+                    "training": self.args.to_sanitized_dict(),
+                }
             )
 
     def _end_step(self) -> None:
@@ -283,15 +301,15 @@ class QTuningTrainer(Trainer):
         return {f"qtuning/{name}": round(value, 6) for name, value in logs.items()}
 
     def qtuning_summary(self) -> dict[str, Any]:
-        """Totals of the run, resumed parts included: the fields of `accounting.Totals`, and the strategy."""
-        return asdict(self.totals) | {"step": self._step.strategy if self._step else None}
+        """Totals of the run, resumed parts included: the fields of `accounting.Totals`, and the precision."""
+        return asdict(self.totals) | {"precision": str(self._step.precision) if self._step else None}
 
 
-def _load_totals(path: Path) -> Totals:
+def _metadata(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return Totals(**json.loads(file.metadata()["totals"]))
+        return file.metadata()
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path:

@@ -3,19 +3,15 @@
 import pytest
 import torch
 
-from qtuning_kernels.data.samples import (
-    PoolCollator,
-    cu_seqlens_of,
-    micro_batches,
-    to_sample,
-    unpad,
-)
+from qtuning_kernels.data.collator import PoolCollator
+from qtuning_kernels.data.micro_batches import micro_batches
+from qtuning_kernels.data.samples import cu_seqlens_of, to_sample, unpad
 from tests.tiny import tiny_samples
 
 
 def test_targets_are_predicted_from_the_position_before():
     sample = to_sample([7, 8, 9, 4], [7, -100, 9, 4], 3)
-    assert sample.targets.tolist() == [2, 3]  # position 0 has nothing before it
+    assert sample.label_positions.tolist() == [2, 3]  # position 0 has nothing before it
     assert sample.labels.tolist() == [9, 4]
 
 
@@ -61,7 +57,7 @@ def test_dropped_keeps_the_prompt_and_each_end_of_turn():
     dropped = to_sample(tokens, labels, 0).dropped(keep)
     assert dropped.input_ids.tolist() == [1, 2, 3, 11, 13, 4, 5, 20, 21]
     assert dropped.labels.tolist() == [11, 20]
-    assert dropped.input_ids[dropped.targets].tolist() == [11, 20]
+    assert dropped.input_ids[dropped.label_positions].tolist() == [11, 20]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -75,14 +71,14 @@ def test_micro_batches_hold_every_target_once(layout, budget):
     for batch in micro_batches(samples, budget, layout):
         flat = batch.input_ids.flatten()
         assert flat.numel() <= max(budget, max(len(s.input_ids) for s in samples))
-        assert torch.equal(labels[batch.slots], batch.labels)
-        seen[batch.slots] += 1
-        for row, slot in zip(batch.rows.tolist(), batch.slots.tolist(), strict=True):
+        assert torch.equal(labels[batch.token_index], batch.labels)
+        seen[batch.token_index] += 1
+        for row, slot in zip(batch.rows.tolist(), batch.token_index.tolist(), strict=True):
             index = int((cu_seqlens <= slot).sum()) - 1
             while cu_seqlens[index + 1] <= slot:
                 index += 1
             sample = samples[index]
-            before = int(sample.targets[slot - int(cu_seqlens[index])]) - 1
+            before = int(sample.label_positions[slot - int(cu_seqlens[index])]) - 1
             start = row - before
             assert flat[start : row + 1].tolist() == sample.input_ids[: before + 1].tolist()
             if batch.position_ids is not None:

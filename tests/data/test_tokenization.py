@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtuning_kernels.data.sources import DataError, Records
-from qtuning_kernels.data.tokenization import IGNORE_INDEX, load_sft_dataset, tokenize_records
+from qtuning_kernels.data.tokenization import load_sft_dataset, tokenize_records
+from qtuning_kernels.kernels.contract import IGNORE_INDEX
 from tests.tiny_tokenizer import SMOLLM2_TEMPLATE, byte_tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -20,9 +20,17 @@ WEIGHT = torch.randn(10, 4)
         ({"logits": LOGITS.long()}, ValueError, "logits has dtype torch.int64; accepted: torch.float32"),
         ({"logits": torch.tensor(1.0)}, ValueError, "logits has shape []; accepted: [.., V]"),
         ({"logits": torch.empty(2, 3, 0)}, ValueError, "logits has shape [2, 3, 0]; accepted: [.., V] with V >= 1"),
-        ({"logits": LOGITS.transpose(1, 2)}, ValueError, "logits has strides [30, 1, 10]; accepted: a dense last dimension"),
+        (
+            {"logits": LOGITS.transpose(1, 2)},
+            ValueError,
+            "logits has strides [30, 1, 10]; accepted: a dense last dimension",
+        ),
         ({"labels": LABELS.float()}, ValueError, "labels has dtype torch.float32; accepted: torch.int64, torch.int32"),
-        ({"labels": LABELS[:, :2]}, ValueError, "labels has shape [2, 2]; accepted: that of logits without its last dimension, [2, 3]"),
+        (
+            {"labels": LABELS[:, :2]},
+            ValueError,
+            "labels has shape [2, 2]; accepted: that of logits without its last dimension, [2, 3]",
+        ),
         ({"labels": LABELS.to("meta")}, ValueError, "labels is on device meta; accepted: that of logits, cpu"),
         (
             {"labels": LABELS + 10},
@@ -51,7 +59,11 @@ def test_token_stats_refuses(arguments, error, message):
         ({"weight": WEIGHT.T}, ValueError, "hidden has shape [2, 3, 4] and weight [4, 10]; accepted"),
         ({"weight": torch.empty(0)}, ValueError, "a sharded head has to be gathered first"),
         ({"weight": torch.empty(0, 4)}, ValueError, "a sharded head has to be gathered first"),
-        ({"weight": WEIGHT.bfloat16()}, ValueError, "weight has dtype torch.bfloat16; accepted: that of hidden, torch.float32"),
+        (
+            {"weight": WEIGHT.bfloat16()},
+            ValueError,
+            "weight has dtype torch.bfloat16; accepted: that of hidden, torch.float32",
+        ),
         ({"bias": torch.zeros(4)}, ValueError, "bias has shape [4]; accepted: [V], [10]"),
         ({"labels": LABELS + 10}, IndexError, "is 10; accepted: [0, 10)"),
     ],

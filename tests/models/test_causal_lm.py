@@ -21,17 +21,17 @@ def test_scaling_is_read_from_the_configuration():
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=4, logit_scale=0.25, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    parts = CausalLM(transformers.AutoModelForCausalLM.from_config(cohere))
-    assert parts.logit_scale == 0.25
-    parts.check()
+    causal_lm = CausalLM(transformers.AutoModelForCausalLM.from_config(cohere))
+    assert causal_lm.logit_scale == 0.25
+    causal_lm.check()
 
 
 @pytest.mark.parametrize(("architecture", "attribute"), [("gemma2", "softcap"), ("granite", "logit_scale")])
 def test_check_finds_a_head_that_it_does_not_know(architecture, attribute):
-    parts = CausalLM(tiny_model(architecture))
-    setattr(parts, attribute, None if attribute == "softcap" else 1.0)
+    causal_lm = CausalLM(tiny_model(architecture))
+    setattr(causal_lm, attribute, None if attribute == "softcap" else 1.0)
     with pytest.raises(ValueError, match="this architecture is not supported"):
-        parts.check()
+        causal_lm.check()
 
 
 def test_forward_runs_inside_the_wrappers():
@@ -48,9 +48,9 @@ def test_forward_runs_inside_the_wrappers():
             calls.append(sorted(inputs))
             return self.module(**inputs)
 
-    parts = CausalLM(model)
+    causal_lm = CausalLM(model)
     tokens = torch.tensor([[5, 6, 7]])
-    hidden = parts.forward(Wrapper(model), tokens, None, lambda h: h)
+    hidden = causal_lm.forward(Wrapper(model), tokens, None, lambda h: h)
     assert torch.equal(hidden, backbone(model.model, tokens))
     assert calls == [["input_ids", "position_ids"]]
     assert model(input_ids=tokens).logits.shape == (1, 3, 97)

@@ -51,7 +51,7 @@ trainer = qk.QTuningTrainer(
     ),
     train_dataset=datasets.Dataset.from_list(tiny_samples(160, longest=16)),
     qtuning=qk.QTuningConfig(
-        sample_ratio=0.25, selection_scope=options.scope, score_dtype="model", micro_batch_tokens=40
+        sample_ratio=0.25, selection_scope=options.scope, score_dtype="model", matmul="default", micro_batch_tokens=40
     ),
     callbacks=[Kill()],
 )

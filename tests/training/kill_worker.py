@@ -27,7 +27,7 @@ trainer = qk.QTuningTrainer(
         disable_tqdm=True,
     ),
     train_dataset=datasets.Dataset.from_list(tiny_samples(64)),
-    qtuning=qk.QTuningConfig(sample_ratio=0.25, rescore_every=2, score_dtype="bfloat16"),
+    qtuning=qk.QTuningConfig(sample_ratio=0.25, rescore_every=2, score_dtype="bfloat16", matmul="default"),
 )
 trainer.train(resume_from_checkpoint=resume)
 trainer.save_model(output)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.run_record.writer import read_record
-from qtuning_kernels.training.selection import deal
+from qtuning_kernels.training.distributed import balance_by_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,9 +85,9 @@ def test_processes_carry_about_equal_numbers_of_tokens(processes):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         lengths = (torch.randn(8 * processes, generator=generator) * 0.4 + 5.3).exp().int().tolist()
-        hands = deal([to_sample([1] * n, [1] * n, n) for n in lengths], processes)
-        loads = [sum(len(s.trimmed().input_ids) for s in hand) for hand in hands]
-        assert sum(map(len, hands)) == 8 * processes
+        shards = balance_by_tokens([to_sample([1] * n, [1] * n, n) for n in lengths], processes)
+        loads = [sum(len(s.trimmed().input_ids) for s in hand) for hand in shards]
+        assert sum(map(len, shards)) == 8 * processes
         assert max(loads) <= 1.1 * sum(loads) / processes
 
 

@@ -1,4 +1,4 @@
-"""A step's gradient equals plain arithmetic, for every strategy, mode, budget and layout; which strategy is chosen."""
+"""A step's gradient equals plain arithmetic, for every mode, budget and layout."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import qtuning_kernels as qk
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models.causal_lm import CausalLM
-from qtuning_kernels.training.step import QTuningStep, resolve_step
+from qtuning_kernels.training.step import QTuningStep
 from tests.tiny import ARCHITECTURES, PRUNING, tiny_model, tiny_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ def plain_gradient(model, samples, keep, cu_seqlens, token_mode):
         sample = sample.dropped(kept) if token_mode == "drop" else sample.masked(kept)
         logits = model(input_ids=sample.input_ids.unsqueeze(0)).logits[0]
         log_p = torch.log_softmax(logits, -1)
-        total = total - log_p[sample.targets - 1, sample.labels].sum()
+        total = total - log_p[sample.label_positions - 1, sample.labels].sum()
     (total / keep.sum()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -50,24 +50,24 @@ def float64_throughout(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
 
 
-CASES = [("rescore", "mask"), ("rescore", "drop"), ("reuse", "mask")]
+TOKEN_MODES = ["mask", "drop"]
 
 
-def check_gradient(architecture, strategy, token_mode, budget, model=None):
+def check_gradient(architecture, token_mode, budget, model=None):
     model = (tiny_model(architecture) if model is None else model).double()
     samples = [to_sample(s["input_ids"], s["labels"], s["sample_id"]) for s in tiny_samples(16)]
     config = qk.QTuningConfig(
         **PRUNING,
         token_mode=token_mode,
-        step=strategy,
         micro_batch_tokens=budget,
         score_batch_tokens=budget,
         score_dtype="model",
+        matmul="default",
     )
     loss, grads, plan = our_gradient(model, samples, config)
     assert plan.totals.samples_kept == 4
     keep = torch.cat([s.token_mask for s in plan.selections])
-    cu_seqlens = torch.tensor([0, *(len(s.targets) for s in samples)]).cumsum(0)
+    cu_seqlens = torch.tensor([0, *(len(s.label_positions) for s in samples)]).cumsum(0)
     assert 0 < keep.sum() < cu_seqlens[-1]
     expected = plain_gradient(model, samples, keep, cu_seqlens, token_mode)
     assert grads.keys() == expected.keys()
@@ -78,25 +78,24 @@ def check_gradient(architecture, strategy, token_mode, budget, model=None):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("strategy", "token_mode"), CASES)
-def test_gradient_equals_the_plain_computation(float64_throughout, architecture, strategy, token_mode):
-    check_gradient(architecture, strategy, token_mode, budget=4096)
+@pytest.mark.parametrize("token_mode", TOKEN_MODES)
+def test_gradient_equals_the_plain_computation(float64_throughout, architecture, token_mode):
+    check_gradient(architecture, token_mode, budget=4096)
 
 
-@pytest.mark.parametrize(("strategy", "token_mode"), CASES)
+@pytest.mark.parametrize("token_mode", TOKEN_MODES)
 @pytest.mark.parametrize("budget", [1, 30, 60])
-def test_gradient_for_any_micro_batch_budget(strategy, token_mode, budget):
-    check_gradient("llama-tied", strategy, token_mode, budget)
+def test_gradient_for_any_micro_batch_budget(token_mode, budget):
+    check_gradient("llama-tied", token_mode, budget)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("strategy", "token_mode"), CASES)
-def test_gradient_of_packed_samples(float64_throughout, packed, architecture, strategy, token_mode):
+@pytest.mark.parametrize("token_mode", TOKEN_MODES)
+def test_gradient_of_packed_samples(float64_throughout, packed, architecture, token_mode):
     """Several samples in one row: attention that leaks across them changes the gradient (next test)."""
-    _, plan = check_gradient(architecture, strategy, token_mode, budget=4096)
-    if strategy == "rescore":
-        assert len(plan.batches) == 1
-        assert plan.batches[0].input_ids.shape[0] == 1
+    _, plan = check_gradient(architecture, token_mode, budget=4096)
+    assert len(plan.batches) == 1
+    assert plan.batches[0].input_ids.shape[0] == 1
 
 
 def test_a_leak_between_packed_samples_would_show(packed, monkeypatch):
@@ -106,7 +105,7 @@ def test_a_leak_between_packed_samples_would_show(packed, monkeypatch):
     own = causal_lm.backbone
     monkeypatch.setattr(causal_lm, "backbone", lambda decoder, ids, positions=None: own(decoder, ids, None))
     with pytest.raises(AssertionError):
-        check_gradient("llama-tied", "rescore", "mask", budget=4096)
+        check_gradient("llama-tied", "mask", budget=4096)
 
 
 def test_lora_gradient():
@@ -114,26 +113,6 @@ def test_lora_gradient():
     torch.manual_seed(3)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny_model("llama"), config)
-    for strategy, token_mode in CASES:
-        check_gradient(None, strategy, token_mode, 60, model=model)
+    for token_mode in TOKEN_MODES:
+        check_gradient(None, token_mode, 60, model=model)
     assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
-
-
-def test_auto_strategy():
-    model, tied = tiny_model("llama"), {"score_dtype": "model"}
-    for ratio, expected in ((0.125, "rescore"), (0.6, "rescore"), (0.7, "reuse"), (1.0, "reuse")):
-        config = qk.QTuningConfig(sample_ratio=ratio, **tied)
-        assert resolve_step(config, model, 1) == expected
-    assert resolve_step(qk.QTuningConfig(sample_ratio=1.0, **tied), model, 2) == "rescore"
-    assert resolve_step(qk.QTuningConfig(sample_ratio=1.0, token_mode="drop", **tied), model, 1) == "rescore"
-    assert resolve_step(qk.QTuningConfig(sample_ratio=1.0, score_dtype="bfloat16"), model, 1) == "rescore"
-    for parameter in model.model.parameters():
-        parameter.requires_grad_(False)
-    assert resolve_step(qk.QTuningConfig(sample_ratio=0.6, **tied), model, 1) == "reuse"
-
-
-def test_reuse_is_refused_where_it_is_not_exact():
-    model = tiny_model("llama")
-    model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match=r"the model has dropout 0.1, so a training forward gives random"):
-        resolve_step(qk.QTuningConfig(step="reuse"), model, 1)

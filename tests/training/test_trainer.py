@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import qtuning_kernels as qk
-from qtuning_kernels.data.samples import PoolCollator
+from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.run_record.writer import read_record
 from qtuning_kernels.training.trainer import latest_checkpoint
 from tests.tiny import PRUNING, tiny_model, tiny_samples
@@ -40,7 +40,7 @@ def trainer(folder, model=None, count=64, config=None, collator=None, samples=No
         arguments(folder, **kwargs),
         train_dataset=datasets.Dataset.from_list(samples or tiny_samples(count)),
         data_collator=collator,
-        qtuning=qk.QTuningConfig(**({"score_dtype": "float32"} | (config or {}))),
+        qtuning=qk.QTuningConfig(**({"score_dtype": "float32", "matmul": "default"} | (config or {}))),
     )
 
 
@@ -154,7 +154,6 @@ def assert_same_weights(first, second):
 
 STRATEGIES = {
     "rescore": PRUNING,
-    "reuse": {**PRUNING, "step": "reuse", "score_dtype": "model"},
     "cached scores": {**PRUNING, "rescore_every": 2},
     "bfloat16 scores": {**PRUNING, "score_dtype": "bfloat16"},
 }

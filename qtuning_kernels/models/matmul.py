@@ -1,0 +1,165 @@
+"""Which library and precision multiplies a model's matrices fastest on this CPU, measured on the spot.
+
+PyTorch gives float32 products to MKL. Its switch `torch.backends.mkldnn.matmul.fp32_precision` at ``"bf16"`` gives
+them to oneDNN instead, which is more than twice as fast on some processors and slower on others. It may round to
+bfloat16, and does where the processor has matrix units for it; so its error is measured too. Whether scoring in
+bfloat16 is faster than in float32 depends on the processor as well, and no flag tells.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+MOST_ERROR = 4.0  # of oneDNN's float32 product, in errors of the default one
+_REPEATS = 5
+_LEAST_GAIN = 0.97  # a choice has to beat PyTorch's default by more than noise
+
+
+@contextmanager
+def float32_matmul(choice: str) -> Iterator[None]:
+    """Within it, float32 products on CPUs go to ``"onednn"``, or where PyTorch sends them (``"default"``)."""
+    if choice == "default":
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class MatmulTimes:
+    """What was measured: milliseconds of the same products, and the largest error of each as a share of the result.
+
+    Keys: ``"default"`` and ``"onednn"`` are float32 products, ``"bfloat16"`` ones in that precision.
+    """
+
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+
+    def is_exact(self, name: str) -> bool:
+        return name in self.error and self.error[name] <= MOST_ERROR * self.error["default"]
+
+    def matmul(self) -> str:
+        """The faster library for float32 products, of those whose error is that of float32."""
+        return "onednn" if self.is_faster("onednn", "default") and self.is_exact("onednn") else "default"
+
+    def is_faster(self, name: str, than: str) -> bool:
+        times = self.milliseconds
+        return name in times and times[name] < _LEAST_GAIN * times[than]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1f} ms" for name, value in self.milliseconds.items())
+
+
+def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(out, in) of the model's widest and narrowest linear layer, its head left out."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    shapes = {
+        tuple(module.weight.shape)
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and module.weight.dim() == 2
+    }
+    ordered = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    return [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+
+
+def time_products(shapes: list[tuple[int, int]], rows: int) -> MatmulTimes:
+    """Times the products of `rows` hidden states with weights of these shapes, in turn; some tens of milliseconds."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        (torch.randn(rows, size, generator=generator), torch.randn(out, size, generator=generator) * size**-0.5)
+        for out, size in shapes
+    ]
+    halves = [(x.bfloat16(), w.bfloat16()) for x, w in operands]
+
+    def multiply(pairs: list[tuple[Tensor, Tensor]], choice: str) -> list[Tensor]:
+        with float32_matmul(choice):
+            return [nn.functional.linear(x, w) for x, w in pairs]
+
+    calls: dict[str, Callable[[], list[Tensor]]] = {"default": lambda: multiply(operands, "default")}
+    if hasattr(torch.backends.mkldnn, "matmul") and torch.backends.mkldnn.is_available():
+        calls["onednn"] = lambda: multiply(operands, "onednn")
+    calls["bfloat16"] = lambda: multiply(halves, "default")
+
+    with torch.no_grad():
+        truth = [(x.double() @ w.double().T) for x, w in operands]
+        results = {name: call() for name, call in calls.items()}  # warms up as well
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(_REPEATS):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+    errors = {
+        name: max(((y - t).abs().max() / t.abs().max()).item() for y, t in zip(products, truth, strict=True))
+        for name, products in results.items()
+    }
+    return MatmulTimes({name: 1e3 * sorted(s)[_REPEATS // 2] for name, s in seconds.items()}, errors)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a run multiplies: float32 products by `matmul`, scoring in `score_dtype`; and what was measured for that.
+
+    `matmul` is ``"default"`` or ``"onednn"``, `score_dtype` ``"model"`` (the weights as they are), ``"float32"`` or
+    ``"bfloat16"``.
+    """
+
+    matmul: str
+    score_dtype: str
+    times: MatmulTimes = MatmulTimes()
+
+    def __str__(self) -> str:
+        parts = [f"float32 products by {self.matmul}", f"scores in {self.score_dtype}"]
+        return ", ".join(parts) + (f" ({self.times})" if self.times.milliseconds else "")
+
+
+def choose_precision(
+    model: nn.Module, *, matmul: str = "auto", score_dtype: str = "auto", rows: int = 512, autocast: bool = False
+) -> Precision:
+    """What `QTuningConfig.matmul` and `QTuningConfig.score_dtype` mean for this model on this machine.
+
+    Measures only where something is to be chosen: for a float32 model on a CPU.
+
+    Args:
+        model: the `transformers` model.
+        matmul: ``"auto"``, ``"default"`` or ``"onednn"``.
+        score_dtype: ``"auto"``, ``"model"``, ``"float32"`` or ``"bfloat16"``.
+        rows: positions in a forward.
+        autocast: whether the run computes under autocast, in which scoring then takes part.
+
+    Raises:
+        ValueError: ``"onednn"`` is asked for where there is none, or where its error is not that of float32.
+    """
+    parameter = next(model.parameters())
+    as_is = "model" if score_dtype == "auto" else score_dtype
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        if matmul == "onednn":
+            raise ValueError(
+                f"matmul is 'onednn' and the model {parameter.dtype} on {parameter.device}; "
+                "accepted: 'auto' or 'default', since it concerns float32 models on CPUs"
+            )
+        return Precision("default", as_is)
+    shapes = layer_shapes(model)
+    if not shapes or (matmul == "default" and (score_dtype != "auto" or autocast)):
+        return Precision("default", as_is)
+    times = time_products(shapes, rows)
+    if matmul == "onednn" and not times.is_exact("onednn"):
+        found = times.error.get("onednn")
+        raise ValueError(
+            "matmul is 'onednn', whose float32 products "
+            + ("PyTorch does not offer here" if found is None else f"have an error of {found:.1e} on this processor")
+            + f"; accepted: at most {MOST_ERROR:g} times the default's, {times.error['default']:.1e} (or 'default')"
+        )
+    chosen = times.matmul() if matmul == "auto" else matmul
+    if score_dtype == "auto" and not autocast and times.is_faster("bfloat16", chosen):
+        as_is = "bfloat16"
+    return Precision(chosen, as_is, times)

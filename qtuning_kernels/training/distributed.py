@@ -1,0 +1,33 @@
+"""What the processes of a run exchange: small values of all, and samples so that their tokens balance."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from qtuning_kernels.data.samples import Sample
+
+
+def gather(value: object) -> list:
+    """`value` of every process, in the order of ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def balance_by_tokens(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
+    """Samples dealt out so that each process gets about as many tokens: longest first, each to the process
+    with the least so far, the lowest rank among equals."""
+    loads, shards = [0] * processes, [[] for _ in range(processes)]
+    for sample in sorted(samples, key=lambda s: len(s.trimmed().input_ids), reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += len(sample.trimmed().input_ids)
+        shards[least].append(sample)
+    return shards
+
+
+def redistribute(kept: list[Sample]) -> list[Sample]:
+    """This process's share of the samples that all processes keep; only these travel, as token ids."""
+    everyone = [sample for part in gather(kept) for sample in part]
+    return balance_by_tokens(everyone, dist.get_world_size())[dist.get_rank()]
