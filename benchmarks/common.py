@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, peak memory, and CSV rows that say where they come from."""
 
+import contextlib
 import csv
 import ctypes
 import gc
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -44,22 +46,39 @@ def spread(seconds: list[float]) -> dict[str, object]:
     return {**{name: f"{1e3 * value:.3f}" for name, value in fields.items()}, "repeats": len(seconds)}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name, family and model: clouds name a whole line of processors alike."""
+    fields = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in fields:
+        return fields["model name"]
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+
+
+def _versions() -> str:
+    """Of what is measured beside this package."""
+    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return " ".join(f"{name} {version}" for name, version in found.items())
 
 
 def environment() -> dict[str, object]:
     """Machine, versions and commit, as CSV fields."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: others may have been at work
         "threads": torch.get_num_threads(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "torch": torch.__version__,
+        "versions": _versions(),
         "python": platform.python_version(),
         "commit": git.stdout.strip() or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

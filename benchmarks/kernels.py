@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ from benchmarks.common import (
     interleave,
     markdown,
     peak,
+    processor,
     read_rows,
     spread,
     write_rows,
 )
+from qtuning_kernels.config import MATMULS
+from qtuning_kernels.models.matmul import float32_matmul, time_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -126,6 +130,7 @@ LOSSES = {
     "compile": peers.compiled_loss,
     "F.linear_cross_entropy": peers.torch_linear_loss,
     "cut-cross-entropy": peers.cut_cross_entropy_loss,
+    "TRL": peers.trl_linear_loss,
 }
 
 
@@ -225,7 +230,9 @@ def memory_plan(quick: bool) -> list[tuple[str, str, Shape]]:
 
 
 def replaced(row: dict[str, str], only: set[str], clock: str) -> bool:
-    """Whether this run measures again what the row holds."""
+    """Whether this run measures again what the row holds; those of other processors stay."""
+    if not row["machine"].startswith(processor()):
+        return False
     if row["group"].endswith("_memory"):
         return "memory" in only
     return row["group"] in only and row["clock"] == clock
@@ -305,6 +312,10 @@ def main() -> None:
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: one thread, a quarter of the rows")
+    parser.add_argument(
+        "--matmul", choices=MATMULS, default="auto", help="who multiplies float32, for all that is timed"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.csv")
     parser.add_argument("--plot", action="store_true", help="only draw")
     parser.add_argument("--peak", nargs=6, metavar=("KIND", "NAME", "N", "H", "V", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -317,8 +328,11 @@ def main() -> None:
     if qk.backend("cpu") != "native":
         sys.exit(f"the CPU backend is {qk.backend('cpu')!r}; this measures 'native'")
     only = set(options.only or [*GROUPS, "memory"])
-    target = RESULTS / "kernels.csv"
-    rows = []
+    target, rows = options.output, []
+    # the same for everything that is timed, so that no gain of PyTorch's own counts as this package's
+    times = time_products([(192, 576), (1536, 576)], 512)
+    matmul = times.matmul() if options.matmul == "auto" else options.matmul
+    print(f"float32 products by {matmul} ({times})")
     if not options.quick and target.exists():
         rows = [row for row in read_rows(target) if not replaced(row, only, options.clock)]
     repeats = 2 if options.quick else options.repeats
@@ -330,10 +344,11 @@ def main() -> None:
     if "memory" in only:
         jobs += [lambda p=p: [measure_memory(*p)] for p in memory_plan(options.quick)]
     for job in jobs:
-        rows += [{**row, **environment()} for row in job()]
+        with float32_matmul(matmul):
+            rows += [{**row, "matmul": matmul, **environment()} for row in job()]
         if not options.quick:
             write_rows(target, rows)
-    if not options.quick:
+    if not options.quick and target == RESULTS / "kernels.csv":
         plot(options.clock)
         fill(ROOT / "docs" / "benchmarks.md", tables())
     return None

@@ -47,6 +47,18 @@ def torch_linear_loss() -> Loss:
     )
 
 
+def trl_linear_loss() -> Loss:
+    """What `loss_type="nll"` of TRL's SFTTrainer computes in, log-probability and entropy in chunks of tokens."""
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        outputs = ("log_probs", "entropy")
+        settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
+        return -_ChunkedLogProbFunction.apply(hidden, weight, None, labels, *settings)[0].sum()
+
+    return loss
+
+
 def cut_cross_entropy_loss() -> Loss:
     """cut-cross-entropy's path for devices without Triton."""
     from cut_cross_entropy import linear_cross_entropy

@@ -6,19 +6,16 @@ Agreement: 512 samples scored in bfloat16 and in float32; Spearman's rank correl
 of kept samples that the two selections have in common, over pools of 16. Layouts: the same samples padded in groups
 of similar length, packed into rows, and padded to the pool's longest as a plain collator does, in turn. Behind the
 backbone: the share of a scoring pass that head, softmax and entropy take, written in the obvious operations on the
-padded pool and through `linear_token_stats` on its answers. Attention: the model's causal attention, by PyTorch and by
-the native backend. Rows go to benchmarks/results/scoring.csv.
+padded pool and through `linear_token_stats` on its answers.  Rows go to benchmarks/results/scoring.csv.
 """
 
 import argparse
 import copy
 import statistics
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common import RESULTS, ROOT, environment, fill, interleave, markdown, read_rows, spread, write_rows
 from benchmarks.peers import eager_stats
@@ -28,9 +25,8 @@ from qtuning_kernels.data.micro_batches import micro_batches
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models import scoring
 from qtuning_kernels.models.causal_lm import CausalLM, backbone
-from qtuning_kernels.models.cpu_layers import cpu_layers
 
-PARTS = ["agreement", "layouts", "behind", "attention"]
+PARTS = ["agreement", "layouts", "behind"]
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -122,36 +118,6 @@ def behind_the_backbone(bench: Bench, repeats: int, dtype: str) -> list[dict]:
     return rows
 
 
-def attention(bench: Bench, repeats: int, dtype: str) -> list[dict]:
-    """One layer's attention, 2048 tokens in sequences of each length; PyTorch's time over the native backend's."""
-    config = bench.base.config
-    sizes = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rows = []
-    for length in (64, 256, 1024):
-        tensors = [torch.randn(2048 // length, length, n, dim, dtype=getattr(torch, dtype)).transpose(1, 2)
-                   for n in sizes]  # fmt: skip
-        leaves = [t.clone().requires_grad_() for t in tensors]
-
-        def run(native: bool, backward: bool, tensors: list = tensors, leaves: list = leaves) -> None:
-            with cpu_layers(torch.nn.Identity()) if native else nullcontext():
-                out = scaled_dot_product_attention(*(leaves if backward else tensors), is_causal=True, enable_gqa=True)
-            if backward:
-                torch.autograd.grad(out, leaves, tensors[0])
-
-        cases = {(native, backward): lambda n=native, b=backward: run(n, b)
-                 for backward in (False, True) for native in (False, True)}  # fmt: skip
-        seconds = interleave(cases, 5 * repeats)
-        for backward in (False, True):
-            ratios = [a / b for a, b in zip(seconds[False, backward], seconds[True, backward], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            what = "forward and backward" if backward else "forward"
-            measure = f"attention, {what}, {2048 // length} × {length} tokens, {dtype}: PyTorch over native"
-            rows.append({"measure": measure, "value": f"{middle:.2f}× ({low:.2f}–{high:.2f})"}
-                        | spread(seconds[True, backward]))  # fmt: skip
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
@@ -171,9 +137,6 @@ def main() -> None:
         "layouts": lambda: layouts(bench, options.repeats),
         "behind": lambda: [
             row for dtype in ("float32", "bfloat16") for row in behind_the_backbone(bench, options.repeats, dtype)
-        ],
-        "attention": lambda: [
-            row for dtype in ("float32", "bfloat16") for row in attention(bench, options.repeats, dtype)
         ],
     }
     rows = read_rows(options.output) if options.output.exists() else []

@@ -11,10 +11,11 @@ Variants of a group:
     full data        transformers.Trainer.training_step on the whole padded pool
     full data, TRL   the same with trl.SFTTrainer
     eager Q-Tuning   Q-Tuning as one writes it first: full logits, log_softmax, a Python loop over samples
-    ours 1×1         this package's step with both ratios 1: packing without pruning
-    ours             this package's step at the ratios, scored in the training precision
-    ours, bf16 score "ours", scored in bfloat16
-    ours, PyTorch's layers  "ours" without oneDNN in float32 and without the native attention, as the first ones are
+    ours 1×1         this package's step with both ratios 1: micro-batches without pruning
+    ours             this package's step at the ratios, as it comes: library and scoring precision measured at start
+    ours, default|onednn, model|bfloat16   the same with each choice forced
+
+Everything but the forced variants multiplies float32 matrices with the library that "ours" chose.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak, 
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
 PHASES = ("score", "select", "compact", "train", "optimizer")
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours, PyTorch's layers", "ours",
-            "ours, bf16 score")  # fmt: skip
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours, default, model",
+            "ours, default, bfloat16", "ours, onednn, model", "ours, onednn, bfloat16")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:

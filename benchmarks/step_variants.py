@@ -1,11 +1,11 @@
 """The variants of a whole optimiser step that `step.py` measures, all on one model and one optimiser."""
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from unittest import mock
 
 import datasets
 import torch
@@ -14,8 +14,8 @@ import transformers
 from qtuning_kernels import QTuningConfig
 from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
 from qtuning_kernels.data.samples import to_sample
-from qtuning_kernels.models import causal_lm
 from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.models.matmul import choose_precision, float32_matmul
 from qtuning_kernels.training.accounting import PHASES
 from qtuning_kernels.training.step import QTuningStep
 
@@ -56,6 +56,7 @@ class Bench:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6)
         self.folder = tempfile.mkdtemp()
+        self.matmul = choose_precision(self.base).matmul
 
     def features(self, index: int) -> list[dict]:
         start = index * self.options.pool % (len(self.rows) - self.options.pool + 1)
@@ -213,12 +214,13 @@ class Bench:
 
         return step
 
-    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str) -> Step:
+    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str = "auto") -> Step:
         config = QTuningConfig(
-            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, step="rescore"
+            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, matmul=matmul
         )
         device = torch.device("cpu")
         runner = QTuningStep(self.model, CausalLM(self.model), config, device, self.autocast)
+        print(f"{score_dtype}, {matmul}: {runner.precision}", file=sys.stderr)
 
         def step(index: int) -> dict[str, float]:
             pool = self.pool(index)
@@ -231,12 +233,11 @@ class Bench:
 
         return step
 
-    def with_pytorchs_layers(self, step: Step) -> Step:
-        mkl = self.group != "autocast"  # bfloat16 products are oneDNN's for all
+    def like_for_like(self, step: Step) -> Step:
+        """With the switch for float32 products as this package's default step sets it."""
 
         def run(index: int) -> dict[str, float]:
-            flags = torch.backends.mkldnn.flags(enabled=False) if mkl else nullcontext()
-            with flags, mock.patch.object(causal_lm, "cpu_layers", return_value=nullcontext()):
+            with float32_matmul(self.matmul):
                 return step(index)
 
         return run
@@ -244,12 +245,13 @@ class Bench:
     def variant(self, name: str) -> Step:
         ratios = (self.options.sample_ratio, self.options.token_ratio)
         build = {
-            "full data": self.full_data,
-            "full data, TRL": self.trl,
-            "eager Q-Tuning": self.eager,
+            "full data": lambda: self.like_for_like(self.full_data()),
+            "full data, TRL": lambda: self.like_for_like(self.trl()),
+            "eager Q-Tuning": lambda: self.like_for_like(self.eager()),
             "ours 1×1": lambda: self.ours(1.0, 1.0, "model"),
-            "ours, PyTorch's layers": lambda: self.with_pytorchs_layers(self.ours(*ratios, "model")),
-            "ours": lambda: self.ours(*ratios, "model"),
-            "ours, bf16 score": lambda: self.ours(*ratios, "bfloat16"),
+            "ours": lambda: self.ours(*ratios, "auto"),
         }
+        for matmul in ("default", "onednn"):
+            for dtype in ("model", "bfloat16"):
+                build[f"ours, {matmul}, {dtype}"] = lambda d=dtype, m=matmul: self.ours(*ratios, d, m)
         return build[name]()
