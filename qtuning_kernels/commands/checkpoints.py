@@ -21,7 +21,7 @@ def prepare_output(output: Path, resume: bool, *, given: bool = True) -> str | N
         if not given or not output.is_dir():
             named = f"{output} is no folder" if given else "--output must name the folder of the run"
             raise FileNotFoundError(f"nothing to resume: {named}")
-        from qtuning_kernels.training.trainer import latest_checkpoint
+        from qtuning_kernels.training.checkpoints import latest_checkpoint
 
         try:
             return str(latest_checkpoint(output))

@@ -77,3 +77,9 @@ def _packed(samples: list[Sample], token_starts: list[int]) -> MicroBatch:
     position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     input_ids = torch.cat([s.input_ids for s in samples]).unsqueeze(0)
     return MicroBatch(input_ids, position_ids, *_flat(samples, row_starts, token_starts))
+
+
+def nothing() -> MicroBatch:
+    """One token and no label: for a process that has to take part in a forward of the others'."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), None, empty, empty, empty)

@@ -1,6 +1,7 @@
 """A decoder-only language model as its backbone and its head, however it is wrapped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,32 +55,33 @@ class CausalLM:
         model: nn.Module,
         input_ids: Tensor,
         position_ids: Tensor | None,
-        head_fn: Callable[[Tensor], Any],
+        rows: Tensor,
+        head_fn: Callable[[Tensor, Tensor, Tensor | None], Any],
     ) -> Any:
-        """``head_fn(hidden states [B, L, H])``, computed inside the forward of `model`, whatever wraps it.
+        """``head_fn(hidden [n, H], weight, bias)`` on chosen hidden states, inside the forwards of `model` and head.
 
-        Gradient synchronisation, sharding and adapters hang on the wrappers' forward, and a parameter that
-        is used outside of it is one that they do not know of. So the wrappers run as always, the head and
-        the loss run inside, and only the innermost forward is another.
+        Gradient synchronisation, sharding and adapters hang on the forwards of wrappers and modules, and a parameter
+        that is used outside of its module's is one that they do not know of, or that is not gathered. So all of them
+        run as always, and only the innermost forwards, of the model and of its head, are others.
 
         Args:
             model: what the trainer got from wrapping `base`.
             input_ids: ``[B, L]``; position_ids: ``[1, L]`` for packed samples, else None.
-            head_fn: what to compute from the hidden states; its result is the forward's.
+            rows: int64 ``[n]``, indices into the flattened hidden states.
+            head_fn: what to compute in the place of the logits; its result is the forward's.
         """
+        head = self.head
 
-        def innermost(input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
-            return head_fn(backbone(self.decoder, input_ids, position_ids))
+        def of_head(hidden: Tensor) -> Any:
+            return head_fn(hidden, head.weight, getattr(head, "bias", None))
 
-        own = self.base.__dict__.get("forward")
-        self.base.forward = innermost
-        try:
+        def of_model(input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
+            hidden = backbone(self.decoder, input_ids, position_ids).flatten(0, 1)[rows]
+            with replaced_forward(head, of_head):
+                return self.base.get_output_embeddings()(hidden)
+
+        with replaced_forward(self.base, of_model):
             return model(input_ids=input_ids, position_ids=position_ids)
-        finally:
-            if own is None:
-                del self.base.forward
-            else:
-                self.base.forward = own
 
     def scaling(self) -> dict[str, float | None]:
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
@@ -94,14 +96,10 @@ class CausalLM:
         """
         weight, bias = head_parameters(self.head)
         input_ids = torch.arange(4, device=weight.device).unsqueeze(0) % weight.shape[0]
-        training = self.base.training
-        self.base.eval()
-        try:
+        with evaluation(self.base):
             expected = self.base(input_ids=input_ids, use_cache=False).logits.float()
             hidden = backbone(self.decoder, input_ids)
             logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
-        finally:
-            self.base.train(training)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         finite = torch.isfinite(expected)
@@ -112,6 +110,32 @@ class CausalLM:
                 f"softcap·tanh(scale·head(backbone)/softcap) with scale={self.logit_scale} and "
                 f"softcap={self.softcap}: this architecture is not supported"
             )
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within it, calling `module` runs its hooks and `forward`; a forward of its instance's own comes back after."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within it, every module of `model` is in evaluation mode; each has its own mode back after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -3,16 +3,18 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qtuning_kernels.data.micro_batches import MicroBatch, micro_batches
+from qtuning_kernels.data.micro_batches import MicroBatch, micro_batches, nothing
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of, to_sample
 from qtuning_kernels.kernels.functional import TokenStats
 from qtuning_kernels.kernels.linear import linear_token_stats
-from qtuning_kernels.models.causal_lm import CausalLM, backbone, head_parameters
+from qtuning_kernels.models.causal_lm import CausalLM, backbone, evaluation, head_parameters
+from qtuning_kernels.models.collectives import largest
 from qtuning_kernels.models.matmul import Precision, choose_precision, float32_matmul
 
 
@@ -44,12 +46,20 @@ class Scorer:
         causal_lm: its `CausalLM`.
         precision: how it multiplies.
         batch_tokens: most tokens in one forward, padding included.
+        sharded: parameters are gathered within the forwards, so that every process makes as many, and there is no
+            copy in another precision: that becomes autocast.
     """
 
     def __init__(
-        self, model: nn.Module, causal_lm: CausalLM, precision: Precision, *, batch_tokens: int = 8192
+        self,
+        model: nn.Module,
+        causal_lm: CausalLM,
+        precision: Precision,
+        *,
+        batch_tokens: int = 8192,
+        sharded: bool = False,
     ) -> None:
-        self.model, self.causal_lm, self.batch_tokens = model, causal_lm, batch_tokens
+        self.model, self.causal_lm, self.batch_tokens, self.sharded = model, causal_lm, batch_tokens, sharded
         self.matmul = precision.matmul
         # that the weights are converted to; None: they are taken as they are
         wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision.score_dtype)
@@ -68,39 +78,32 @@ class Scorer:
         cu_seqlens = cu_seqlens_of(samples)
         stats = torch.zeros(2, int(cu_seqlens[-1]), device=device)
         batches = micro_batches(samples, self.batch_tokens, layout_for(self.causal_lm.base))
-        training = self.causal_lm.base.training
-        self.causal_lm.base.eval()  # dropout would make the scores random
-        try:
+        if self.sharded:
+            batches += [nothing()] * (largest(len(batches)) - len(batches))
             if self.dtype:
-                self._refresh_copy()
-                autocast = nullcontext
-            # one context of autocast, which casts each weight once
-            with torch.no_grad(), autocast(), float32_matmul(self.matmul):
-                for batch in batches:
-                    self.tokens_scored += batch.input_ids.numel()
-                    batch = batch.to(device)
-                    result = self._forward(batch)
-                    stats[0, batch.token_index] = result.nll.to(stats.dtype)
-                    stats[1, batch.token_index] = result.entropy.to(stats.dtype)
-        finally:
-            self.causal_lm.base.train(training)
+                autocast = partial(torch.autocast, torch.device(device).type, self.dtype)
+        elif self.dtype:
+            self._refresh_copy()
+            autocast = nullcontext
+        # dropout would make the scores random; one context of autocast, which casts each weight once
+        with evaluation(self.causal_lm.base), torch.no_grad(), autocast(), float32_matmul(self.matmul):
+            for batch in batches:
+                self.tokens_scored += batch.input_ids.numel()
+                batch = batch.to(device)
+                result = self._forward(batch)
+                stats[0, batch.token_index] = result.nll.to(stats.dtype)
+                stats[1, batch.token_index] = result.entropy.to(stats.dtype)
         return Scores(stats[0], stats[1], cu_seqlens.to(device))
 
     def _forward(self, batch: MicroBatch) -> TokenStats:
-        def stats_of(hidden: Tensor, head: nn.Module) -> TokenStats:
-            weight, bias = head_parameters(head)
-            hidden = hidden.flatten(0, 1)[batch.rows]
+        def stats_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
             return linear_token_stats(hidden, weight, batch.labels, bias=bias, **self.causal_lm.scaling())
 
         if self._copy is None:
-            return self.causal_lm.forward(
-                self.model,
-                batch.input_ids,
-                batch.position_ids,
-                lambda hidden: stats_of(hidden, self.causal_lm.head),
-            )
+            return self.causal_lm.forward(self.model, batch.input_ids, batch.position_ids, batch.rows, stats_of)
         decoder, head = self._copy
-        return stats_of(backbone(decoder, batch.input_ids, batch.position_ids), head)
+        hidden = backbone(decoder, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.rows]
+        return stats_of(hidden, *head_parameters(head))
 
     @torch.no_grad()
     def _refresh_copy(self) -> None:

@@ -1,19 +1,11 @@
-"""What the processes of a run exchange: small values of all, and samples so that their tokens balance."""
+"""Kept samples dealt out again, so that the processes of a run have about as many tokens each."""
 
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
 from qtuning_kernels.data.samples import Sample
-
-
-def gather(value: object) -> list:
-    """`value` of every process, in the order of ranks."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+from qtuning_kernels.models.collectives import gather
 
 
 def balance_by_tokens(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:

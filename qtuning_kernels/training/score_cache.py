@@ -1,10 +1,12 @@
 """Scores of earlier epochs, for runs that score only every n-th epoch."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of
@@ -14,12 +16,13 @@ from qtuning_kernels.models.scoring import Scores
 class ScoreCache:
     """Per-token scores by sample id, used for `rescore_every` epochs before a sample is scored again.
 
-    Costs 8 bytes per trainable token of the data set on the host; nothing with ``rescore_every=1``.
+    Costs 8 bytes per trainable token of the data set on the host; nothing with ``rescore_every=1``. With
+    `always_score` the scorer is called even where no sample needs it, for the sake of the other processes.
     """
 
-    def __init__(self, rescore_every: int = 1) -> None:
-        self.rescore_every = rescore_every
-        self._entries: dict[int, tuple[int, Tensor]] = {}  # id -> epoch, [2, T(x)]
+    def __init__(self, rescore_every: int = 1, *, always_score: bool = False) -> None:
+        self.rescore_every, self.always_score = rescore_every, always_score
+        self._entries: dict[int | str, tuple[int, Tensor]] = {}  # id -> epoch, [2, T(x)]
 
     def score(
         self, samples: Sequence[Sample], epoch: int, fresh: Callable[[Sequence[Sample]], Scores]
@@ -28,7 +31,7 @@ class ScoreCache:
         if self.rescore_every == 1:
             return fresh(samples), 0.0
         stale = [s for s in samples if not self._holds(s, epoch)]
-        if stale:
+        if stale or self.always_score:
             scores = fresh(stale)
             stacked = torch.stack([scores.nll, scores.entropy]).cpu()
             sizes = scores.cu_seqlens.diff().tolist()
@@ -50,17 +53,18 @@ class ScoreCache:
         ids = list(self._entries)
         stats = [self._entries[i][1] for i in ids]
         tensors = {
-            "id": torch.tensor(ids, dtype=torch.int64),
             "epoch": torch.tensor([self._entries[i][0] for i in ids], dtype=torch.int64),
             "length": torch.tensor([s.shape[1] for s in stats], dtype=torch.int64),
             "stats": torch.cat([torch.zeros(2, 0), *stats], dim=1),
         }
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={**metadata, "ids": json.dumps(ids)})
         temporary.replace(path)
 
     def load(self, path: Path) -> None:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            ids = json.loads(file.metadata()["ids"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         parts = tensors["stats"].split(tensors["length"].tolist(), dim=1)
-        rows = zip(tensors["id"].tolist(), tensors["epoch"].tolist(), parts, strict=True)
+        rows = zip(ids, tensors["epoch"].tolist(), parts, strict=True)
         self._entries = {sample_id: (epoch, stats.clone()) for sample_id, epoch, stats in rows}

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.samples import Sample
+from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.scoring import Scores
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
-from qtuning_kernels.training.distributed import gather
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,17 @@
-"""Unpadding, trimming, dropping and packing keep every target where it was."""
+"""Trimming, dropping and packing keep every label where it was."""
 
 import pytest
 import torch
 
-from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.data.micro_batches import micro_batches
-from qtuning_kernels.data.samples import cu_seqlens_of, to_sample, unpad
+from qtuning_kernels.data.samples import cu_seqlens_of, to_sample
 from tests.tiny import tiny_samples
 
 
-def test_targets_are_predicted_from_the_position_before():
+def test_labels_are_predicted_from_the_position_before():
     sample = to_sample([7, 8, 9, 4], [7, -100, 9, 4], 3)
     assert sample.label_positions.tolist() == [2, 3]  # position 0 has nothing before it
     assert sample.labels.tolist() == [9, 4]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_unpad(side):
-    features = tiny_samples(5)
-    batch = PoolCollator(pad_token_id=9)(features)
-    if side == "left":
-        widths = batch["attention_mask"].sum(1)
-        for name in ("input_ids", "labels", "attention_mask"):
-            rows = [torch.cat([row[n:], row[:n]]) for row, n in zip(batch[name], widths.tolist(), strict=True)]
-            batch[name] = torch.stack(rows)
-    for sample, feature in zip(unpad(batch), features, strict=True):
-        assert sample.input_ids.tolist() == feature["input_ids"]
-        assert sample.sample_id == feature["sample_id"]
-        assert sample.labels.tolist() == [label for label in feature["labels"][1:] if label != -100]
-
-
-def test_unpad_refuses():
-    batch = PoolCollator()(tiny_samples(2))
-    with pytest.raises(ValueError, match="the batch has no 'labels', only"):
-        unpad({"input_ids": batch["input_ids"]})
-    with pytest.raises(ValueError, match="must have one shape"):
-        unpad(batch | {"labels": batch["labels"][:, 1:]})
-    hole = torch.tensor([[1, 0, 1, 0]])
-    with pytest.raises(ValueError, match="attention_mask of row 0 has a hole"):
-        unpad({"input_ids": hole, "labels": hole, "attention_mask": hole})
 
 
 def test_id_of_the_content_where_there_is_none():

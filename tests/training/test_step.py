@@ -2,44 +2,29 @@
 
 import pytest
 import torch
+import transformers
 
 import qtuning_kernels as qk
+from qtuning_kernels.data.collator import PoolCollator
+from qtuning_kernels.data.micro_batches import micro_batches
 from qtuning_kernels.data.samples import to_sample
-from qtuning_kernels.models.causal_lm import CausalLM
-from qtuning_kernels.training.step import QTuningStep
 from tests.tiny import ARCHITECTURES, PRUNING, tiny_model, tiny_samples
+from tests.training.steps import assert_same_gradients, gradients, plain_gradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plain_gradient(model, samples, keep, cu_seqlens, token_mode):
-    """One sample at a time, full logits, cross-entropy of the kept tokens over their number."""
-    model.zero_grad()
-    total = 0.0
-    for index, sample in enumerate(samples):
-        kept = keep[cu_seqlens[index] : cu_seqlens[index + 1]]
-        if not kept.any():
-            continue
-        sample = sample.dropped(kept) if token_mode == "drop" else sample.masked(kept)
-        logits = model(input_ids=sample.input_ids.unsqueeze(0)).logits[0]
-        log_p = torch.log_softmax(logits, -1)
-        total = total - log_p[sample.label_positions - 1, sample.labels].sum()
-    (total / keep.sum()).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def our_gradient(model, samples, config, backward=lambda loss: loss.backward()):
-    model.zero_grad()
-    step = QTuningStep(model, CausalLM(model), config, torch.device("cpu"))
-    plan = step.plan([samples[:8], samples[8:]])
-    loss = step.train(plan, backward)
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return loss, grads, plan
+def our_gradient(model, config, features):
+    arguments = transformers.TrainingArguments(
+        "unused", per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True, report_to=[],
+    )  # fmt: skip
+    trainer = qk.QTuningTrainer(model, arguments, qtuning=config)
+    return gradients(trainer, [PoolCollator()(features[:8]), PoolCollator()(features[8:])])
 
 
 @pytest.fixture
 def packed(monkeypatch):
-    monkeypatch.setattr("qtuning_kernels.training.step.layout_for", lambda model: "packed")
+    monkeypatch.setattr("qtuning_kernels.training.trainer.layout_for", lambda model: "packed")
     monkeypatch.setattr("qtuning_kernels.models.scoring.layout_for", lambda model: "packed")
 
 
@@ -55,25 +40,22 @@ TOKEN_MODES = ["mask", "drop"]
 
 def check_gradient(architecture, token_mode, budget, model=None):
     model = (tiny_model(architecture) if model is None else model).double()
-    samples = [to_sample(s["input_ids"], s["labels"], s["sample_id"]) for s in tiny_samples(16)]
+    features = tiny_samples(16)
+    samples = [to_sample(s["input_ids"], s["labels"], s["sample_id"]) for s in features]
     config = qk.QTuningConfig(
         **PRUNING,
         token_mode=token_mode,
         micro_batch_tokens=budget,
         score_batch_tokens=budget,
         score_dtype="model",
-        matmul="default",
+        record=False,
     )
-    loss, grads, plan = our_gradient(model, samples, config)
+    loss, grads, plan = our_gradient(model, config, features)
     assert plan.totals.samples_kept == 4
     keep = torch.cat([s.token_mask for s in plan.selections])
     cu_seqlens = torch.tensor([0, *(len(s.label_positions) for s in samples)]).cumsum(0)
     assert 0 < keep.sum() < cu_seqlens[-1]
-    expected = plain_gradient(model, samples, keep, cu_seqlens, token_mode)
-    assert grads.keys() == expected.keys()
-    for name, gradient in grads.items():
-        scale = expected[name].abs().max().clamp(min=1e-6)
-        assert ((gradient - expected[name]).abs().max() / scale).item() < 1e-9, name
+    assert_same_gradients(grads, plain_gradient(model, samples, keep, cu_seqlens, token_mode))
     return loss, plan
 
 
@@ -91,11 +73,17 @@ def test_gradient_for_any_micro_batch_budget(token_mode, budget):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("token_mode", TOKEN_MODES)
-def test_gradient_of_packed_samples(float64_throughout, packed, architecture, token_mode):
+def test_gradient_of_packed_samples(float64_throughout, monkeypatch, packed, architecture, token_mode):
     """Several samples in one row: attention that leaks across them changes the gradient (next test)."""
-    _, plan = check_gradient(architecture, token_mode, budget=4096)
-    assert len(plan.batches) == 1
-    assert plan.batches[0].input_ids.shape[0] == 1
+    made = []
+
+    def recorded(*arguments):
+        made.append(micro_batches(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("qtuning_kernels.training.trainer.micro_batches", recorded)
+    check_gradient(architecture, token_mode, budget=4096)
+    assert [batch.input_ids.shape[0] for batches in made[1:] for batch in batches] == [1, 1]  # made[0] asks the model
 
 
 def test_a_leak_between_packed_samples_would_show(packed, monkeypatch):

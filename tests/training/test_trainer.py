@@ -13,7 +13,7 @@ import transformers
 import qtuning_kernels as qk
 from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.run_record.writer import read_record
-from qtuning_kernels.training.trainer import latest_checkpoint
+from qtuning_kernels.training.checkpoints import latest_checkpoint
 from tests.tiny import PRUNING, tiny_model, tiny_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,16 +207,27 @@ def test_evaluation_without_logits(tmp_path):
 
 
 def test_pool_of_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="per_device_train_batch_size=1 is the selection pool"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 1, the selection pool"):
         trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"torch_compile": True}, {"label_smoothing_factor": 0.1}], ids=lambda setting: next(iter(setting))
-)
-def test_settings_without_a_place_in_the_step_are_refused(tmp_path, setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* has no place in this trainer's step"):
-        trainer(tmp_path, config=PRUNING, **setting)
+def test_label_smoothing_stays_the_host_s(tmp_path):
+    """A replaced loss would drop it: with both ratios 1 the run equals a plain Trainer's, smoothing included."""
+    settings = {"label_smoothing_factor": 0.1, "max_steps": 3}
+    plain = transformers.Trainer(
+        tiny_model(),
+        arguments(tmp_path / "plain", **settings),
+        train_dataset=datasets.Dataset.from_list(tiny_samples(64)),
+        data_collator=PlainCollator(),
+    )
+    plain.train()
+    ours = trainer(tmp_path / "ours", config={"sample_ratio": 1.0, "token_ratio": 1.0}, **settings)
+    ours.train()
+    assert not ours.fused()
+    assert losses(ours) == pytest.approx(losses(plain), rel=1e-6)
+    pruned = trainer(tmp_path / "pruned", config=PRUNING, **settings)
+    pruned.train()
+    assert all(math.isfinite(loss) for loss in losses(pruned))
 
 
 def test_last_pool_of_one_sample(tmp_path):

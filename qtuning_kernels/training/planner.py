@@ -1,4 +1,4 @@
-"""One optimiser step: score the pools, select, compact, and train on what is kept."""
+"""What an optimiser step trains on: its pools scored, selected, cut and dealt out again."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.data.micro_batches import MicroBatch, micro_batches
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of
-from qtuning_kernels.kernels.contract import stats_dtype
-from qtuning_kernels.kernels.linear import linear_cross_entropy
-from qtuning_kernels.models.causal_lm import CausalLM, head_parameters
-from qtuning_kernels.models.matmul import Precision, choose_precision, float32_matmul
-from qtuning_kernels.models.scoring import Scorer, Scores, layout_for
+from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.models.collectives import gather, world_size
+from qtuning_kernels.models.matmul import Precision, choose_precision
+from qtuning_kernels.models.scoring import Scorer, Scores
 from qtuning_kernels.training.accounting import Clock, Flops, Totals
-from qtuning_kernels.training.distributed import gather, redistribute
+from qtuning_kernels.training.distributed import redistribute
 from qtuning_kernels.training.score_cache import ScoreCache
 from qtuning_kernels.training.selection import Selection, select
 
@@ -28,14 +25,15 @@ class StepPlan:
     """What one optimiser step trains on, and what was decided on the way.
 
     Attributes:
-        batches: micro-batches of this process.
+        kept: what this process trains on, pool by pool: samples whose label positions are the tokens in the loss.
         num_kept: tokens in the loss, over all pools and processes of the step.
         pools: the samples of this process, pool by pool.
         scores, selections: per pool; empty where both ratios are 1 and nothing was scored.
         clock, totals: accounts of this step.
+        score_age: mean age of the scores, in epochs.
     """
 
-    batches: list[MicroBatch]
+    kept: list[list[Sample]]
     num_kept: int
     pools: list[list[Sample]]
     scores: list[Scores]
@@ -43,18 +41,20 @@ class StepPlan:
     clock: Clock
     totals: Totals
     score_age: float = 0.0
+    loss: Tensor | float = 0.0  # of this process, summed over micro-batches
 
 
-class QTuningStep:
-    """Plans and runs optimiser steps on a model.
+class StepPlanner:
+    """Plans optimiser steps on a model.
 
     Args:
-        model: what the forwards go through: the model itself, or what wraps it for training.
+        model: what scoring forwards go through.
         causal_lm: its `CausalLM`.
         config: the settings.
         device: where the model is.
         autocast: makes the context manager of a forward, if the run computes under one.
-        precision: how it multiplies; None: chosen here, the same in every process.
+        precision: how scoring multiplies; None: chosen here, the same in every process.
+        sharded: every process makes the same number of forwards, since parameters are gathered in them.
     """
 
     def __init__(
@@ -65,22 +65,18 @@ class QTuningStep:
         device: torch.device,
         autocast: Any = nullcontext,
         precision: Precision | None = None,
+        sharded: bool = False,
     ) -> None:
-        self.model, self.causal_lm, self.config = model, causal_lm, config
-        self.device, self.autocast = device, autocast
-        self.world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.cache = ScoreCache(config.rescore_every)
-        # scores need no gradient synchronisation, and a wrapper's forward may wait for the other processes
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.causal_lm, self.config, self.device, self.autocast = causal_lm, config, device, autocast
+        self.world_size = world_size()
         if precision is None:
             with autocast():
                 casts = torch.is_autocast_enabled(device.type)
-            chosen = choose_precision(
-                causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype, autocast=casts
-            )
-            precision = gather(chosen)[0]
+            options = {"matmul": config.matmul, "score_dtype": config.score_dtype, "autocast": casts}
+            precision = gather(choose_precision(causal_lm.base, **options))[0]
         self.precision = precision
-        self.scorer = Scorer(inner, causal_lm, precision, batch_tokens=config.score_batch_tokens)
+        self.cache = ScoreCache(config.rescore_every, always_score=sharded)
+        self.scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens, sharded=sharded)
         self.flops = Flops(causal_lm)
 
     @property
@@ -89,7 +85,7 @@ class QTuningStep:
         return self.config.sample_ratio < 1 or self.config.token_ratio < 1
 
     def plan(self, pools: list[list[Sample]], epoch: float = 0.0) -> StepPlan:
-        """Scores and selects the pools of one optimiser step and packs what is kept.
+        """Scores and selects the pools of one optimiser step.
 
         Raises:
             FloatingPointError: every sample that has a trainable token scored NaN.
@@ -110,69 +106,15 @@ class QTuningStep:
                 selections = [select(s, self.config, shared=shared) for s in scores]
         with clock.phase("compact"):
             if self.selects:
-                kept = [
-                    sample
-                    for pool, selection in zip(pools, selections, strict=True)
-                    for sample in selection.kept_samples(pool, self.config.token_mode)
-                ]
+                pairs = zip(pools, selections, strict=True)
+                kept = [selection.kept_samples(pool, self.config.token_mode) for pool, selection in pairs]
             else:
-                kept = [sample for sample in samples if len(sample.label_positions)]
-            totals = self._account(pools, selections, kept, self.scorer.tokens_scored - scored_before)
-            num_kept = totals.tokens_kept
+                kept = [[sample for sample in pool if len(sample.label_positions)] for pool in pools]
+            flat = [sample for pool in kept for sample in pool]
+            totals = self._account(pools, selections, flat, self.scorer.tokens_scored - scored_before)
             if self.selects and self.world_size > 1 and self.config.selection_scope == "global":
-                kept = redistribute(kept)
-            batches = micro_batches(kept, self.config.micro_batch_tokens, layout_for(self.causal_lm.base))
-        return StepPlan(batches, num_kept, pools, scores, selections, clock, totals, age)
-
-    def train(self, plan: StepPlan, backward: Any, no_sync: Any = nullcontext) -> Tensor:
-        """Forward and backward over the plan's micro-batches.
-
-        Args:
-            plan: from `plan`, under the same weights.
-            backward: called with each loss.
-            no_sync: makes the context manager under which gradients stay local; every micro-batch but the
-                last runs in it.
-
-        Returns:
-            0-d float32: mean nll of the tokens in the loss, over the whole step (times the processes' share:
-            the mean over processes is the step's loss).
-        """
-        total = torch.zeros((), device=self.device)
-        if plan.num_kept == 0:
-            return total
-        # data-parallel training averages gradients over processes, the loss is a mean over all their tokens
-        weight = self.world_size / plan.num_kept
-        # a process that has nothing left still has to take part in the others' synchronisation
-        batches: Sequence[Any] = plan.batches or [_nothing()]
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else no_sync(), float32_matmul(self.precision.matmul):
-                with self.autocast():
-                    loss = self._loss(batch, 0.0 if not plan.batches else weight)
-                backward(loss)
-            total += loss.detach()
-        return total
-
-    def _loss(self, batch: MicroBatch, weight: float) -> Tensor:
-        batch = batch.to(self.device)
-
-        def head_loss(hidden: Tensor) -> Tensor:
-            matrix, bias = head_parameters(self.causal_lm.head)
-            token_weight = torch.full(batch.labels.shape, weight, dtype=stats_dtype(matrix.dtype), device=self.device)
-            hidden = hidden.flatten(0, 1)[batch.rows]
-            return linear_cross_entropy(
-                hidden, matrix, batch.labels, bias=bias, token_weight=token_weight, **self.causal_lm.scaling()
-            )
-
-        return self.causal_lm.forward(self.model, batch.input_ids, batch.position_ids, head_loss)
-
-    def loss(self, samples: Sequence[Sample]) -> Tensor:
-        """Mean nll over the trainable tokens of `samples`, whole; the loss of an evaluation batch."""
-        total = sum(len(sample.label_positions) for sample in samples)
-        batches = micro_batches(samples, self.config.micro_batch_tokens, layout_for(self.causal_lm.base))
-        zero = torch.zeros((), device=self.device)
-        with self.autocast(), float32_matmul(self.precision.matmul):
-            return sum((self._loss(batch, 1 / total) for batch in batches), zero)
+                kept = [redistribute(pool) for pool in kept]
+        return StepPlan(kept, totals.tokens_kept, pools, scores, selections, clock, totals, age)
 
     def _score(self, samples: Sequence[Sample]) -> Scores:
         return self.scorer.score(samples, self.device, self.autocast)
@@ -210,12 +152,6 @@ class QTuningStep:
             everywhere.add(part)
         everywhere.steps, everywhere.empty_steps = 1, int(everywhere.tokens_kept == 0)
         return everywhere
-
-
-def _nothing() -> MicroBatch:
-    """One token that counts 0: a loss of 0 that is connected to every parameter."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    return MicroBatch(zero.view(1, 1), None, zero, zero, zero)
 
 
 def _split(scores: Scores, pools: list[list[Sample]]) -> list[Scores]:

@@ -1,0 +1,303 @@
+"""`QTuningMixin`: any Hugging Face trainer, on the part of each pool that Q-Tuning keeps."""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from qtuning_kernels.config import QTuningConfig
+from qtuning_kernels.data.batches import BatchKind, put_together, take_apart
+from qtuning_kernels.data.samples import Sample
+from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.models.collectives import gather
+from qtuning_kernels.models.matmul import Precision, float32_matmul
+from qtuning_kernels.run_record.writer import RunRecord
+from qtuning_kernels.training.accounting import Totals
+from qtuning_kernels.training.checkpoints import latest_checkpoint
+from qtuning_kernels.training.planner import StepPlan, StepPlanner
+from qtuning_kernels.training.record_rows import sample_rows, step_row, token_rows
+
+STATE_FILE = "qtuning_state.safetensors"
+logger = logging.get_logger(__name__)
+
+
+class QTuningMixin:
+    """Put before `transformers.Trainer` or a subclass of it in the bases of a class of your own.
+
+    A batch of the dataloader is a selection pool. The mixin changes what `get_batch_samples` returns and nothing else:
+    as many batches as came, each of its kept samples only, labels −100 on pruned tokens, padding cut off; padded and
+    padding-free batches alike. The step is the host's: loss, normalisation, gradient accumulation, wrappers.
+
+    With several processes and ``selection_scope="global"`` the pools of all are one, and the kept samples are dealt out
+    so that tokens balance; a process left with nothing gets a sample without labels.
+
+    Args:
+        *args, **kwargs: the host's.
+        qtuning: the settings; default `QTuningConfig()`.
+
+    Raises:
+        ValueError: a model that is not supported, a pool of one, a wrapper in which this cannot work; from training, a
+            batch that cannot be divided by samples.
+    """
+
+    def __init__(self, *args: Any, qtuning: QTuningConfig | None = None, **kwargs: Any) -> None:
+        self.qtuning = QTuningConfig() if qtuning is None else qtuning
+        super().__init__(*args, **kwargs)
+        self.causal_lm = CausalLM(self.model)
+        self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not self.sharded:  # or else its weights may be in parts already
+            self.causal_lm.check()
+        self._refuse_unsupported()
+        self.totals = Totals()
+        self._planner: StepPlanner | None = None
+        self._plan: StepPlan | None = None
+        self._record: RunRecord | None = None
+        self._window = Totals()  # since the last log
+        self._resume_from: str | None = None
+        self.add_callback(_Accounts(self))
+
+    def _refuse_unsupported(self) -> None:
+        pool = self.args.per_device_train_batch_size
+        if self.qtuning.selection_scope == "global":
+            pool *= self.args.world_size
+        if pool < 2 and self.qtuning.sample_ratio < 1:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.args.per_device_train_batch_size}, the selection pool, and of a "
+                "pool of one nothing can be pruned; accepted: 2 or more (the paper uses 8)"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError("nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate")
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("tp", "cp", "sp"):
+            if getattr(parallelism, f"{name}_enabled", False):
+                raise ValueError(
+                    f"parallelism_config has {name}_size {getattr(parallelism, f'{name}_size')}; accepted: 1, since a "
+                    "sample has to be scored whole by one process"
+                )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+            raise ValueError("fsdp_version is 1; accepted: 2, whose modules gather their parameters one by one")
+        half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if half:
+            warnings.warn(
+                f"{len(half)} trainable parameters are not float32 (first: {half[0]}): with half-precision "
+                "master weights most updates of a fine-tuning run round to nothing. Load the model with "
+                "dtype=torch.float32 and set bf16=True for mixed precision.",
+                stacklevel=3,
+            )
+
+    # what Trainer calls
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "sample_id" not in self._signature_columns:
+            self._signature_columns += ["sample_id"]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None  # pools stay on the host, where they are taken apart
+        return loader
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(latest_checkpoint(self.args.output_dir))
+        self._resume_from = resume_from_checkpoint or None
+        try:
+            return super().train(self._resume_from, *args, **kwargs)
+        finally:
+            if self._record is not None:
+                self._record.close()
+                self._record = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As many batches as the host would train on, cut to what is kept, and the number of their labels."""
+        if self._planner is None:
+            self._begin()
+        with torch.profiler.record_function("qtuning.plan"):
+            start = time.perf_counter()
+            batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not batches:
+                return batches, count
+            pools, kinds = zip(*map(take_apart, batches), strict=True)
+            seconds = time.perf_counter() - start
+            self._plan = plan = self._planner.plan(list(pools), epoch=self.state.epoch or 0.0)
+            plan.clock.seconds["data"] = seconds
+            if plan.num_kept == 0:
+                warnings.warn(
+                    f"step {self.state.global_step + 1} trains on nothing: no sample of its pool is eligible "
+                    "(no trainable token, or a perplexity that is not finite)",
+                    stacklevel=2,
+                )
+            batches = [self._cut(*parts) for parts in zip(plan.kept, pools, kinds, strict=True)]
+            count = self._get_num_items_in_batch(batches, device)
+        if count is None:
+            if any((batch["labels"][:, 1:] == -100).all() for batch in batches):
+                raise ValueError(
+                    "a batch has no label left, and the host's loss is a mean over the labels of a batch; accepted: a "
+                    "model or a compute_loss_func that takes num_items_in_batch, or a larger pool"
+                )
+            return batches, None
+        return batches, count.clamp(min=1)  # a step without labels has loss 0, not 0 / 0
+
+    def _cut(self, kept: list[Sample], pool: list[Sample], kind: BatchKind) -> dict[str, Any]:
+        """The batch of the kept samples; where there are none, of a sample without labels."""
+        if not kept:
+            shortest = min(pool, key=lambda sample: len(sample.input_ids))
+            kept = [shortest.masked(torch.zeros_like(shortest.labels, dtype=torch.bool))]
+        return put_together(kept, kind)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        plan = self._plan
+        with plan.clock.phase("train"), float32_matmul(self._planner.precision.matmul):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        plan.loss = plan.loss + loss
+        return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, which writes nothing of a sharded state and says nothing."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and "FULL" not in str(plugin.state_dict_type):
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._window.steps:
+            logs.update(self._logged())
+            self._window = Totals()
+        super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save and self._planner is not None:
+            metadata = {
+                "totals": json.dumps(asdict(self.totals)),
+                "matmul": self._planner.precision.matmul,
+                "score_dtype": self._planner.precision.score_dtype,
+            }
+            self._planner.cache.save(Path(output_dir) / STATE_FILE, metadata)
+
+    # the run's own bookkeeping
+
+    def _begin(self) -> None:
+        """Before the first step: the planner, what a resumed run brings along, and the record."""
+        pool = getattr(self, "_train_batch_size", 2)  # `auto_find_batch_size` may have made it smaller
+        if pool < 2 and self.qtuning.sample_ratio < 1 and self.args.world_size == 1:
+            raise ValueError(f"the batch size found is {pool}, the selection pool; accepted: 2 or more")
+        self.causal_lm = CausalLM(self.model)  # `model_init` may have made another since
+        if self.sharded:
+            self.causal_lm.check()
+        resumed = self._resume_from is not None
+        state = Path(self._resume_from) / STATE_FILE if resumed else None
+        metadata = _metadata(state) if state and state.exists() else {}
+        precision = Precision(metadata["matmul"], metadata["score_dtype"]) if metadata else None
+        where = self.args.device, self.accelerator.autocast
+        self._planner = StepPlanner(self.model, self.causal_lm, self.qtuning, *where, precision, self.sharded)
+        logger.info(str(self._planner.precision))
+        if metadata:
+            self._planner.cache.load(state)
+            self.totals = Totals(**json.loads(metadata["totals"]))
+        if self.qtuning.record and self.is_world_process_zero():
+            self._record = RunRecord(
+                Path(self.args.output_dir) / "record",
+                resume_step=self.state.global_step if resumed else None,
+                total_steps=self.state.max_steps,
+                token_samples=self.qtuning.record_tokens,
+                seed=self.args.seed,
+            )
+            self._record.write_run(
+                configuration={
+                    "qtuning": asdict(self.qtuning),
+                    "precision": asdict(self._planner.precision),
+                    "training": self.args.to_sanitized_dict(),
+                }
+            )
+
+    def _end_step(self) -> None:
+        """After the optimiser: the step's accounts and its record."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        if plan.num_kept:
+            plan.totals.loss_first = plan.totals.loss_last = sum(gather(float(plan.loss))) / self.args.world_size
+        plan.totals.seconds = plan.clock.seconds
+        self.totals.add(plan.totals)
+        self._window.add(plan.totals)
+        self._score_age = plan.score_age
+        if not self.qtuning.record:
+            return
+        own = sample_rows(plan)
+        rows = [row for part in gather(own) for row in part]
+        if self._record is not None:
+            step = self.state.global_step
+            chosen = self._record.choose_token_samples(step, [row["keep"] for row in own])
+            self._record.write_step(
+                {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()} | step_row(plan),
+                rows,
+                token_rows(plan, chosen, self.processing_class, self.qtuning),
+            )
+
+    def _logged(self) -> dict[str, float]:
+        """The window since the last log, under ``qtuning/``."""
+        window, count = self._window, max(1, sum(self._window.quadrant.values()))
+        seconds = sum(window.seconds.values())
+        logs = {
+            "kept_samples": window.samples_kept / window.steps,
+            "kept_tokens": window.tokens_kept / window.steps,
+            "tokens_per_second": window.tokens_seen / seconds if seconds else math.nan,
+            "supplemented": window.supplemented / window.steps,
+            "ineligible": window.ineligible / window.steps,
+            "flops_share": window.flops_spent / window.flops_full if window.flops_full else math.nan,
+            **{f"q{q}": window.quadrant[q] / count for q in "01234"},
+            **{f"seconds_{phase}": value / window.steps for phase, value in window.seconds.items()},
+        }
+        if self.qtuning.rescore_every > 1:
+            logs["score_age_epochs"] = self._score_age
+        return {f"qtuning/{name}": round(value, 6) for name, value in logs.items()}
+
+    def qtuning_summary(self) -> dict[str, Any]:
+        """Totals of the run, resumed parts included: the fields of `accounting.Totals`, and the precision."""
+        return asdict(self.totals) | {"precision": str(self._planner.precision) if self._planner else None}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+class _Accounts(TrainerCallback):
+    """Opens the accounts of a run, and closes those of a step before anything is logged or saved."""
+
+    def __init__(self, trainer: QTuningMixin) -> None:
+        self.trainer = trainer
+        self.start = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer._planner = self.trainer._plan = None
+        self.trainer.totals, self.trainer._window = Totals(), Totals()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.trainer._plan is not None:
+            self.start = self.trainer._plan.clock.now()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if (plan := self.trainer._plan) is not None:
+            plan.clock.seconds["optimizer"] += plan.clock.now() - self.start
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer._end_step()
