@@ -4,7 +4,7 @@
 
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
 results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Peers are read
-where they are installed: ``pip install --no-deps liger-kernel cut-cross-entropy flash-linear-attention fla-core``.
+where they are installed: ``pip install --no-deps liger-kernel flash-linear-attention fla-core``.
 """
 
 import argparse
@@ -54,7 +54,6 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
         "load_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.load_widths.items())),
         "store_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.store_widths.items())),
         "barriers_in_loop": "" if entry.tile else sum(x.barriers for x in loops),
-        "matrix_instructions_in_loop": loop.matrix,
     }
     if not entry.matrix and loop.exponentials:
         counts = [entry.tile / kernel.threads if entry.tile else x.load_bytes / 2 for x in loops]

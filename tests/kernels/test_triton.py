@@ -21,9 +21,9 @@ def triton(request, monkeypatch):
     """Operators served by Triton, in the interpreter where there is no GPU."""
     if reason := unavailable_reason("triton"):
         pytest.skip(f"backend triton: {reason}")
-    from tests.interpreter import quicken
+    from tests.interpreter import speed_up_interpreter
 
-    quicken()
+    speed_up_interpreter()
     return lambda name: monkeypatch.setenv("QTUNING_BACKEND", name)
 
 
