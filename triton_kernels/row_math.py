@@ -129,7 +129,8 @@ def finalize(row_max, sum_exp, sum_shifted_exp, x_label, V, UNIT: tl.constexpr):
 
     log_sum is relative to row_max as rounded, so that their sum loses nothing to the common offset. What rounding
     leaves below 0 is 0, and so is all of it where there is nothing to choose from. Without a finite maximum row_max
-    is that maximum and log_sum 0, as in PyTorch's logsumexp; nll and entropy are NaN.
+    is that maximum and log_sum 0, as in PyTorch's logsumexp; nll and entropy are NaN. A NaN beside a +inf shows in
+    nll and entropy alone: to find it the row would have to be read again, which costs registers.
     """
     only_minus_inf = sum_exp == 0
     bits = tl.where(only_minus_inf, float("nan"), tl.log2(sum_exp))
