@@ -1,7 +1,7 @@
 """The Triton backend for CUDA and ROCm tensors (and CPU tensors in the interpreter): one module per operator.
 
 The row operators of `qtuning_kernels/kernels/contract.py` and the policy operators of
-`qtuning_kernels/pruning/rank.py`. Imported as `qtuning_kernels.triton_kernels`.
+`qtuning_kernels/pruning/operators.py`. Imported as `qtuning_kernels.triton_kernels`.
 """
 
 from qtuning_kernels.kernels.contract import BackendUnavailableError
