@@ -5,7 +5,7 @@
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
 results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Rows of a library
 and an architecture that are not compiled now stay as they are. Peers are compiled where they are installed:
-``pip install --no-deps liger-kernel flash-linear-attention fla-core``.
+``pip install --no-deps liger-kernel flash-linear-attention fla-core einops``.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def replaced(
 ) -> list[dict[str, object]]:
     """`rows` with those of one library and architecture exchanged, in the order of `LIBRARIES` and `TARGETS`."""
     kept = [row for row in rows if (row["library"], row["arch"]) != (library, arch) and row["library"] in LIBRARIES]
-    order = {name: index for index, name in enumerate([*LIBRARIES, *TARGETS])}
-    return sorted([*kept, *measured], key=lambda row: (order[row["library"]], order[row["arch"]]))
+    order = [*LIBRARIES, *TARGETS]
+    return sorted([*kept, *measured], key=lambda row: (order.index(row["library"]), order.index(row["arch"])))
 
 
 def traffic(rows: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -144,14 +144,16 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [r for r in rows if r.get("instructions_per_element") and r["arch"] in READ_CLOCKS]
-    shown.sort(key=lambda r: (r["arch"], r["library"] != OURS, r["kernel"], r["vocabulary"]))
+    order = [*LIBRARIES, *TARGETS]
+    shown.sort(key=lambda r: (order.index(r["arch"]), not r["library"].startswith(OURS), order.index(r["library"])))
     labels = [f"{r['arch']}  {r['library']}: {r['kernel']} ({r['vocabulary']})" for r in shown]
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.3 * len(shown)))
-    colors = ["tab:blue" if r["library"] == OURS else "tab:gray" for r in shown]
+    colors = ["tab:blue" if r["library"].startswith(OURS) else "tab:gray" for r in shown]
     axes.barh(labels, [float(r["instructions_per_element"]) for r in shown], color=colors)
     limits = [READ_CLOCKS[r["arch"]] * float(r["bytes_per_element"]) / 2 for r in shown]
     axes.scatter(limits, labels, marker="|", s=200, color="tab:red", label="memory-bound below")
     axes.set_xlabel("instructions per logit (counted in compiled code, not timed)")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.legend()
     figure.tight_layout()

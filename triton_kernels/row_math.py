@@ -26,7 +26,7 @@ NO_BITS = tl.constexpr(-1e4)
 
 
 def scaling_constants(scaling: Scaling) -> dict[str, float | bool]:
-    """The constants that `scaled` and the multiply-add behind it need for z.
+    """The constants that `scaled` and the multiply-add after it need for z.
 
     The positive factor UNIT (bits per unit of the scaled value) costs nothing, so only a softcap or a negative
     scale leaves work per element.

@@ -21,7 +21,7 @@ from qtuning_kernels.triton_kernels.row_math import (
 
 # Reads itemsize bytes per element once, and a label per row; writes 4 statistics per row.
 # Identity (r, S, T) = (FLOOR, 0, 0), see row_math.py. Each thread owns LANES neighbouring elements at a time and
-# its own partial row, so the loop has no barrier and no shuffle; the block merges once, behind it.
+# its own partial row, so the loop has no barrier and no shuffle; the block merges once, after it.
 @triton.jit
 def token_stats_kernel(
     logits_ptr,
@@ -71,7 +71,7 @@ def token_stats_kernel(
         tiles = load_pair(pair_ptr, INNER, HAS_SOFTCAP, VECTOR, LANES, BLOCK)
         row_max, sum_exp, sum_shifted_exp = online_update(row_max, sum_exp, sum_shifted_exp, tiles, UNIT)
         pair_ptr += 2 * BLOCK
-    # the first block, and those behind the last pair
+    # the first block, and those after the last pair
     lanes = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     done = 0
     while done < end:

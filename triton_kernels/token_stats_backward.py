@@ -21,7 +21,7 @@ from qtuning_kernels.triton_kernels.row_math import (
 # An active row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
 # With p = e^((z−m)−log S):
 #   g_nll (p − 1[y]) − g_entropy p (log p + entropy) + g_lse p  =  p·(A + B·log2 p) − g_nll·1[y]
-# The label's entry is written again behind the loop, from float32.
+# The label's entry is written again after the loop, from float32.
 @triton.jit
 def token_stats_backward_kernel(
     logits_ptr,
@@ -108,7 +108,7 @@ def token_stats_backward_kernel(
             tile = tl.load(in_ptr + lanes)
         g = gradient(tile, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
         tl.store(out_ptr + lanes, rounded(g, grad_ptr.dtype.element_ty))
-    # the first block, and what is left behind the last full one
+    # the first block, and what is left after the last full one
     while done < end:
         x, inside = load_edge(edge_ptr + done, lanes, lead - done, end - done, VECTOR if SAME_LEAD else 1)
         g = gradient(x, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)

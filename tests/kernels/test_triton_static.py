@@ -38,7 +38,7 @@ for entry in entries:
         "exponentials": loop.exponentials / elements if elements else None,
         "loads": sorted(loop.load_widths) if loop else [],
         "stores": sorted(loop.store_widths) if loop else [],
-        "barriers": kernel.code.count(r"BAR"),
+        "barriers": kernel.code.count(r"BAR|s_barrier"),
         "barriers_in_loops": sum(x.barriers for x in kernel.loops),
         "spills_in_loops": sum(x.count(r"LDL|STL|scratch_") for x in kernel.loops),
         "store_only": [sorted(x.store_widths) for x in kernel.store_only_loops()],
@@ -119,6 +119,8 @@ def test_amd():
     for name, row in rows.items():
         assert row["spills"] == row["spilled_registers"] == 0, f"{name}: no scratch"
         assert row["loads"] == [128], name
+        assert row["barriers_in_loops"] == 0, name
+    assert rows["token_stats_backward, all"]["barriers"] == 2
     assert rows["token_stats"]["exponentials"] <= 1.13
 
 
