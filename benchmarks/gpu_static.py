@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_static [--arch sm_90 …] [--library qtuning-kernels …]
 
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
-results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Peers are read
-where they are installed: ``pip install --no-deps liger-kernel cut-cross-entropy flash-linear-attention fla-core``.
+results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Rows of a library
+and an architecture that are not compiled now stay as they are. Peers are compiled where they are installed:
+``pip install --no-deps liger-kernel flash-linear-attention fla-core einops``.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined; interpreted kernels cannot be compiled
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -20,12 +22,13 @@ from benchmarks import gpu_static_cuda
 from benchmarks.common import fill, markdown, read_rows, write_rows
 from benchmarks.compile_ahead import TARGETS, compile_kernel
 from benchmarks.gpu_kernels import LIBRARIES as TRITON_LIBRARIES
-from benchmarks.gpu_kernels import Entry
+from benchmarks.gpu_kernels import OURS, Entry
 
 LIBRARIES = TRITON_LIBRARIES | {gpu_static_cuda.LIBRARY: gpu_static_cuda.entries}
 RESULTS = Path(__file__).parent / "results"
 # clocks in which DRAM delivers 2 bytes for each of 32 lanes of one of a multiprocessor's four partitions
 READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
+TRAFFIC_ARCH = "sm_90"
 
 
 def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
@@ -54,7 +57,6 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
         "load_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.load_widths.items())),
         "store_bits": " ".join(f"{bits}x{n}" for bits, n in sorted(loop.store_widths.items())),
         "barriers_in_loop": "" if entry.tile else sum(x.barriers for x in loops),
-        "matrix_instructions_in_loop": loop.matrix,
     }
     if not entry.matrix and loop.exponentials:
         counts = [entry.tile / kernel.threads if entry.tile else x.load_bytes / 2 for x in loops]
@@ -71,7 +73,38 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
     return row
 
 
-def traffic(rows: list[dict[str, object]], arch: str = "sm_90") -> list[dict[str, object]]:
+def compile_library(library: str, arch: str) -> Iterator[dict[str, object]]:
+    """The rows of one library for one architecture.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    for divisible in (True, False):
+        for entry in LIBRARIES[library](arch, divisible):
+            try:
+                row = inspect(entry, arch, divisible)
+            except Exception as error:  # a peer that does not compile for a target is a result
+                if library == OURS:
+                    raise
+                print(f"{arch} {library} {entry.name}: does not compile ({type(error).__name__})", flush=True)
+                continue
+            fields = ("registers", "spill_bytes", "blocks_per_multiprocessor", "load_bits")
+            fields += ("instructions_per_element", "exponentials_per_element")
+            details = ", ".join(f"{name} {row[name]}" for name in fields if row.get(name) not in (None, ""))
+            print(f"{arch:6} {row['vocabulary']:15} {library}: {entry.name}: {details}", flush=True)
+            yield row
+
+
+def replaced(
+    rows: list[dict[str, object]], library: str, arch: str, measured: list[dict[str, object]]
+) -> list[dict[str, object]]:
+    """`rows` with those of one library and architecture exchanged, in the order of `LIBRARIES` and `TARGETS`."""
+    kept = [row for row in rows if (row["library"], row["arch"]) != (library, arch) and row["library"] in LIBRARIES]
+    order = [*LIBRARIES, *TARGETS]
+    return sorted([*kept, *measured], key=lambda row: (order.index(row["library"]), order.index(row["arch"])))
+
+
+def traffic(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Global bytes per logit of one step, forward and gradient, from the counted loads and stores.
 
     Three shares ρ of kept tokens. "zeroed": the pruned rows stay and get zeros; "compacted": they were left out.
@@ -82,14 +115,14 @@ def traffic(rows: list[dict[str, object]], arch: str = "sm_90") -> list[dict[str
             if (row["library"], row["kernel"], row["arch"], row["vocabulary"]) == (
                 library,
                 kernel,
-                arch,
+                TRAFFIC_ARCH,
                 "divisible by 16",
             ):
                 return float(row["bytes_per_element"])
         raise KeyError(kernel)
 
-    forward = counted("qtuning-kernels", "token_stats")
-    backward = counted("qtuning-kernels", "token_stats_backward, nll")
+    forward = counted(OURS, "token_stats")
+    backward = counted(OURS, "token_stats_backward, nll")
     steps = {
         "qtuning-kernels, pruned rows zeroed": lambda rho: forward + rho * backward + (1 - rho) * 2,
         "qtuning-kernels, rows compacted": lambda rho: forward + rho * backward,
@@ -111,14 +144,16 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [r for r in rows if r.get("instructions_per_element") and r["arch"] in READ_CLOCKS]
-    shown.sort(key=lambda r: (r["arch"], r["library"] != "qtuning-kernels", r["kernel"], r["vocabulary"]))
+    order = [*LIBRARIES, *TARGETS]
+    shown.sort(key=lambda r: (order.index(r["arch"]), not r["library"].startswith(OURS), order.index(r["library"])))
     labels = [f"{r['arch']}  {r['library']}: {r['kernel']} ({r['vocabulary']})" for r in shown]
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.3 * len(shown)))
-    colors = ["tab:blue" if r["library"] == "qtuning-kernels" else "tab:gray" for r in shown]
+    colors = ["tab:blue" if r["library"].startswith(OURS) else "tab:gray" for r in shown]
     axes.barh(labels, [float(r["instructions_per_element"]) for r in shown], color=colors)
     limits = [READ_CLOCKS[r["arch"]] * float(r["bytes_per_element"]) / 2 for r in shown]
     axes.scatter(limits, labels, marker="|", s=200, color="tab:red", label="memory-bound below")
     axes.set_xlabel("instructions per logit (counted in compiled code, not timed)")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.legend()
     figure.tight_layout()
@@ -161,34 +196,21 @@ def main() -> None:
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = []
+    path = options.output / "gpu_static.csv"
     for library in options.library:
         for arch in options.arch:
-            for divisible in (True, False):
-                try:
-                    entries = list(LIBRARIES[library](arch, divisible))
-                except ImportError as error:
-                    print(f"{library}: not installed ({error})")
-                    break
-                for entry in entries:
-                    try:
-                        row = inspect(entry, arch, divisible)
-                    except Exception as error:  # a peer that does not compile for a target is a result
-                        if library == "qtuning-kernels":
-                            raise
-                        print(f"{arch} {library} {entry.name}: does not compile ({type(error).__name__})", flush=True)
-                        continue
-                    rows.append(row)
-                    fields = ("registers", "spill_bytes", "blocks_per_multiprocessor", "load_bits")
-                    fields += ("instructions_per_element", "exponentials_per_element")
-                    details = ", ".join(f"{name} {row[name]}" for name in fields if row.get(name) not in (None, ""))
-                    print(f"{arch:6} {row['vocabulary']:15} {library}: {entry.name}: {details}", flush=True)
-                write_rows(options.output / "gpu_static.csv", rows)
-    if "sm_90" in options.arch and "qtuning-kernels" in options.library:
+            try:
+                measured = list(compile_library(library, arch))
+            except ImportError as error:
+                print(f"{library}: not installed ({error})")
+                break
+            write_rows(path, replaced(read_rows(path) if path.exists() else [], library, arch, measured))
+    rows = read_rows(path)
+    if any((row["library"], row["arch"]) == (OURS, TRAFFIC_ARCH) for row in rows):
         write_rows(options.output / "gpu_traffic.csv", traffic(rows))
-    if options.output == RESULTS and set(options.arch) == set(TARGETS):
+    if options.output == RESULTS:
         fill(RESULTS.parent.parent / "docs" / "kernels.md", tables(RESULTS))
-    plot(read_rows(options.output / "gpu_static.csv"), options.output / "gpu_static.png")
+    plot(rows, options.output / "gpu_static.png")
 
 
 if __name__ == "__main__":

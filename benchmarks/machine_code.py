@@ -63,11 +63,6 @@ class Loop:
         """Block barriers and cross-lane exchanges."""
         return self.count(r"BAR|SHFL|REDUX|WARPSYNC" if self.vendor == "nvidia" else r"s_barrier|ds_|v_readlane")
 
-    @property
-    def matrix(self) -> int:
-        """Matrix-unit instructions."""
-        return self.count(r"HMMA|HGMMA|UTC\w*MMA|DMMA" if self.vendor == "nvidia" else r"v_mfma")
-
 
 @dataclass
 class Kernel:
@@ -81,6 +76,7 @@ class Kernel:
     threads: int
     code: Loop  # all of it, as if it were one trip
     loops: list[Loop] = field(default_factory=list)
+    spilled_registers: int = 0  # on AMD, where they may go to other registers than to memory
 
     @cached_property
     def blocks_per_multiprocessor(self) -> int | None:
@@ -94,8 +90,8 @@ class Kernel:
         return min(by_registers, threads // self.threads, blocks, by_shared)
 
     def main_loop(self) -> Loop | None:
-        """The loop that does the kernel's work: most matrix instructions, then exponentials, then bytes moved."""
-        return max(self.loops, key=lambda x: (x.matrix, x.exponentials, x.load_bytes + x.store_bytes), default=None)
+        """The loop that does the kernel's work: most exponentials, then bytes moved."""
+        return max(self.loops, key=lambda x: (x.exponentials, x.load_bytes + x.store_bytes), default=None)
 
     def store_only_loops(self) -> list[Loop]:
         """Loops that write global memory and read none of it."""
@@ -235,4 +231,5 @@ def read_amdgcn(text: str, arch: str, threads: int, shared: int = 0) -> Kernel:
         threads=threads,
         code=Loop(0, [op for _, op, _ in instructions], "amd"),
         loops=_innermost_loops(instructions, labels, "amd"),
+        spilled_registers=metadata("vgpr_spill_count"),
     )

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from qtuning_kernels.kernels.dispatch import BACKENDS, unavailable_reason
-from tests.interpreter import quicken
+from tests.interpreter import speed_up_interpreter
 
 from . import cuda_emulator
 
@@ -69,7 +69,7 @@ def backend(request, monkeypatch):
     if name == "triton" and not device and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("backend triton on CPU tensors needs TRITON_INTERPRET=1")
     if name == "triton" and not device:
-        quicken()
+        speed_up_interpreter()
     monkeypatch.setenv("QTUNING_BACKEND", name)
     with torch.device("cuda") if device else contextlib.nullcontext():
         yield name

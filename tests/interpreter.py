@@ -5,7 +5,7 @@ import inspect
 
 
 @functools.cache
-def quicken() -> None:
+def speed_up_interpreter() -> None:
     """Patch `triton.language` once per kernel launch instead of once per call of a helper.
 
     The interpreter replaces the language's functions by its own at a launch, and again at every call of another

@@ -19,16 +19,6 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in the accumulator's dtype."""
-    if _INTERPRETED:
-        # the interpreter would multiply the bit patterns of bfloat16
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
@@ -42,11 +32,6 @@ def rounded(x, dtype: tl.constexpr):
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's device current, as Triton launches on the current one; nothing to do in the interpreter."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors (compute units) of the tensor's device; an H100's number in the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def architecture(tensor: Tensor) -> str:
@@ -83,8 +68,3 @@ def rows_of(logits: Tensor) -> Rows:
         return Rows(logits, 0, vector)
     base = logits.as_strided((shift + 1,), (1,), logits.storage_offset() - shift)
     return Rows(base, shift, vector)
-
-
-def dot_precision(tensor: Tensor) -> str:
-    """How matrix products treat float32 operands: as PyTorch's own setting for them says."""
-    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,18 +1,22 @@
-"""The arithmetic of one row of logits, in base 2: scaling, and folding tiles into running sums.
+"""The arithmetic of one row of logits, in base 2: scaling, and the running sums of the online softmax.
 
-Every kernel that meets logits works on ``t = z·log2 e − r`` with one fused multiply-add per element, where the
-reference r is close to the row's maximum and never needs to be exactly it. A partial row is ``(r, S, T)``::
+Every kernel that reads logits works on ``t = z·log2 e − r`` with one fused multiply-add per element, where the
+reference r is close to the row's maximum and never needs to be exactly it. A partial row is ``(r, S, T)``, in code
+``(row_max, sum_exp, sum_shifted_exp)``, in bits until `finalize` returns nats::
 
-    S = Σ 2^t        T = Σ t·2^t        t relative to r, in bits
+    S = Σ 2^t        T = Σ t·2^t        t relative to r
     identity: r = FLOOR, S = T = 0
     (r, S, T) under r' ≥ r, with d = r − r':   T ← (T + d·S)·2^d    S ← S·2^d
 
 FLOOR stands in for −inf, since −inf − (−inf) is NaN; it is not near the largest float, which times log2 e would
-overflow. −inf logits contribute 0 to both sums; NaN and +inf logits make both NaN.
+overflow. −inf logits contribute 0 to both sums, so a row of nothing else keeps r = FLOOR and S = 0. A NaN makes both
+sums NaN, and so does a +inf, which makes r +inf as well.
 """
 
 import triton
 import triton.language as tl
+
+from qtuning_kernels.kernels.contract import Scaling
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -21,12 +25,13 @@ FLOOR = tl.constexpr(-1e30)
 NO_BITS = tl.constexpr(-1e4)
 
 
-def scaling(logit_scale: float, softcap: float | None) -> dict[str, float | bool]:
-    """The constants that `scaled` and the multiply-add behind it need for z = softcap·tanh(logit_scale·x/softcap).
+def scaling_constants(scaling: Scaling) -> dict[str, float | bool]:
+    """The constants that `scaled` and the multiply-add after it need for z.
 
     The positive factor UNIT (bits per unit of the scaled value) costs nothing, so only a softcap or a negative
     scale leaves work per element.
     """
+    logit_scale, softcap = scaling
     log2e = LOG2E.value
     if softcap is not None:
         return {"INNER": logit_scale / softcap, "HAS_SOFTCAP": True, "UNIT": softcap * log2e}
@@ -86,51 +91,56 @@ def scaled(x, INNER: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def fold(r, total, weighted, tiles, UNIT: tl.constexpr):
-    """Fold a tuple of tiles of scaled values [R, N] into the partial rows (r, S, T) [R].
+def online_update(row_max, sum_exp, sum_shifted_exp, tiles, UNIT: tl.constexpr):
+    """The partial rows [R] with a tuple of tiles of scaled values [R, N] added.
 
     One exponential per value, and one per row of all tiles together for what was summed before.
     """
     highest = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         highest = tl.maximum(highest, tiles[i])
-    r_new = tl.maximum(r, tl.max(highest, 1) * UNIT)
-    mass = tl.zeros_like(highest)
-    surprise = tl.zeros_like(highest)
+    new_max = tl.maximum(row_max, tl.max(highest, 1) * UNIT)
+    tile_exp = tl.zeros_like(highest)
+    tile_shifted_exp = tl.zeros_like(highest)
     for i in tl.static_range(len(tiles)):
-        t = tl.fma(tiles[i], UNIT, -r_new[:, None])
-        e = tl.exp2(t)
-        mass += e
-        surprise = tl.fma(tl.maximum(t, NO_BITS), e, surprise)
-    d = r - r_new
+        t = tl.fma(tiles[i], UNIT, -new_max[:, None])
+        exp = tl.exp2(t)
+        tile_exp += exp
+        tile_shifted_exp = tl.fma(tl.maximum(t, NO_BITS), exp, tile_shifted_exp)
+    d = row_max - new_max
     decay = tl.exp2(d)
-    weighted = tl.fma(tl.fma(d, total, weighted), decay, tl.sum(surprise, 1))
-    total = tl.fma(total, decay, tl.sum(mass, 1))
-    return r_new, total, weighted
+    sum_shifted_exp = tl.fma(tl.fma(d, sum_exp, sum_shifted_exp), decay, tl.sum(tile_shifted_exp, 1))
+    sum_exp = tl.fma(sum_exp, decay, tl.sum(tile_exp, 1))
+    return new_max, sum_exp, sum_shifted_exp
 
 
 @triton.jit
-def merge(r, total, weighted, axis: tl.constexpr):
-    """The partial rows along `axis` as one."""
-    r_all = tl.max(r, axis)
-    d = r - (r_all if r_all.type.is_block() == 0 else tl.expand_dims(r_all, axis))
+def merge(row_max, sum_exp, sum_shifted_exp):
+    """The partial rows [R] as one."""
+    new_max = tl.max(row_max, 0)
+    d = row_max - new_max
     decay = tl.exp2(d)
-    return r_all, tl.sum(total * decay, axis), tl.sum(tl.fma(d, total, weighted) * decay, axis)
+    return new_max, tl.sum(sum_exp * decay, 0), tl.sum(tl.fma(d, sum_exp, sum_shifted_exp) * decay, 0)
 
 
 @triton.jit
-def finish(r, total, weighted, x_label, V, UNIT: tl.constexpr):
+def finalize(row_max, sum_exp, sum_shifted_exp, x_label, V, UNIT: tl.constexpr):
     """nll, entropy, row_max and log_sum in nats, of a merged row and the scaled value at its label.
 
     log_sum is relative to row_max as rounded, so that their sum loses nothing to the common offset. What rounding
-    leaves below 0 is 0, and so is all of it where there is nothing to choose from.
+    leaves below 0 is 0, and so is all of it where there is nothing to choose from. Without a finite maximum row_max
+    is that maximum and log_sum 0, as in PyTorch's logsumexp; nll and entropy are NaN. A NaN beside a +inf shows in
+    nll and entropy alone: to find it the row would have to be read again, which costs registers.
     """
-    bits = tl.where(total == 0, float("nan"), tl.log2(total))
-    nll = tl.maximum(bits - tl.fma(x_label, UNIT, -r), 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
-    entropy = tl.maximum(bits - weighted / total, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
+    only_minus_inf = sum_exp == 0
+    bits = tl.where(only_minus_inf, float("nan"), tl.log2(sum_exp))
+    nll = tl.maximum(bits - tl.fma(x_label, UNIT, -row_max), 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
+    entropy = tl.maximum(bits - sum_shifted_exp / sum_exp, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
     if V == 1:
         nll = (bits - bits) + (x_label - x_label)
         entropy = bits - bits
-    row_max = tl.where(bits == bits, r * LN2, float("nan"))
-    log_sum = (bits - tl.fma(row_max, LOG2E, -r)) * LN2
-    return nll, entropy, row_max, log_sum
+    has_plus_inf = row_max == float("inf")
+    nats = tl.where((bits == bits) | has_plus_inf, row_max * LN2, float("nan"))
+    nats = tl.where(only_minus_inf, float("-inf"), nats)
+    log_sum = (bits - tl.fma(nats, LOG2E, -row_max)) * LN2
+    return nll, entropy, nats, tl.where(only_minus_inf | has_plus_inf, 0.0, log_sum)

@@ -8,10 +8,13 @@ from torch import Tensor
 from qtuning_kernels.triton_kernels.launch import UNFUSED, on_device
 
 
-# Reads every value once, writes 4 bytes per segment. A block sums its segment in float64, in a fixed order.
+# Reads every value once, writes 4 bytes per segment. A block sums its segment in float64, in a fixed order. Rows and
+# segments share one axis of the grid: the others end at 65,535 blocks.
 @triton.jit
-def segment_means_kernel(values_ptr, cu_seqlens_ptr, means_ptr, stride, BLOCK: tl.constexpr):
-    segment, row = tl.program_id(0), tl.program_id(1)
+def segment_means_kernel(values_ptr, cu_seqlens_ptr, means_ptr, stride, segments, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    row = block // segments
+    segment = block - row * segments
     start = tl.load(cu_seqlens_ptr + segment).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + segment + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -20,7 +23,7 @@ def segment_means_kernel(values_ptr, cu_seqlens_ptr, means_ptr, stride, BLOCK: t
     for first in range(start, end, BLOCK):
         sums += tl.load(row_ptr + first + lanes, lanes < end - first, 0.0).to(tl.float64)
     mean = tl.sum(sums, 0) / (end - start).to(tl.float64)
-    tl.store(means_ptr + row * tl.num_programs(0) + segment, mean.to(tl.float32))
+    tl.store(means_ptr + block, mean.to(tl.float32))
 
 
 def segment_means(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -30,7 +33,7 @@ def segment_means(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     if means.numel():
         values = values if values.stride(1) == 1 else values.contiguous()
         with on_device(values):
-            segment_means_kernel[(segments, rows)](
-                values, cu_seqlens, means, values.stride(0), BLOCK=512, num_warps=4, **UNFUSED
+            segment_means_kernel[(rows * segments,)](
+                values, cu_seqlens, means, values.stride(0), segments, BLOCK=512, num_warps=4, **UNFUSED
             )
     return means

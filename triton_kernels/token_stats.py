@@ -5,23 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtuning_kernels.kernels.dispatch import stats_dtype
+from qtuning_kernels.kernels.contract import RowStats, Scaling, stats_dtype
 from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,
-    finish,
-    fold,
+    finalize,
     load_edge,
     load_words,
     merge,
+    online_update,
     scaled,
-    scaling,
+    scaling_constants,
 )
 
 
 # Reads itemsize bytes per element once, and a label per row; writes 4 statistics per row.
 # Identity (r, S, T) = (FLOOR, 0, 0), see row_math.py. Each thread owns LANES neighbouring elements at a time and
-# its own partial row, so the loop has no barrier and no shuffle; the block merges once, behind it.
+# its own partial row, so the loop has no barrier and no shuffle; the block merges once, after it.
 @triton.jit
 def token_stats_kernel(
     logits_ptr,
@@ -40,7 +40,7 @@ def token_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     VECTOR: tl.constexpr,  # elements that 16 bytes hold
-    LANES: tl.constexpr,  # elements that one thread folds at a time
+    LANES: tl.constexpr,  # neighbouring elements that belong to one thread
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -61,30 +61,30 @@ def token_stats_kernel(
     lead = (start - aligned).to(tl.int32)
     end = lead + V
     groups: tl.constexpr = BLOCK // LANES
-    r = tl.full((groups,), FLOOR, dtype)
-    total = tl.zeros((groups,), dtype)
-    weighted = tl.zeros((groups,), dtype)
+    row_max = tl.full((groups,), FLOOR, dtype)
+    sum_exp = tl.zeros((groups,), dtype)
+    sum_shifted_exp = tl.zeros((groups,), dtype)
 
     pairs = tl.maximum(end // BLOCK - 1, 0) // 2
     pair_ptr = logits_ptr + aligned + BLOCK
     for _ in range(pairs):
         tiles = load_pair(pair_ptr, INNER, HAS_SOFTCAP, VECTOR, LANES, BLOCK)
-        r, total, weighted = fold(r, total, weighted, tiles, UNIT)
+        row_max, sum_exp, sum_shifted_exp = online_update(row_max, sum_exp, sum_shifted_exp, tiles, UNIT)
         pair_ptr += 2 * BLOCK
-    # the first block, and those behind the last pair
+    # the first block, and those after the last pair
     lanes = tl.arange(0, groups)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     done = 0
     while done < end:
         x, inside = load_edge(logits_ptr + aligned + done, lanes, lead - done, end - done, VECTOR)
         x = tl.where(inside, scaled(x, INNER, HAS_SOFTCAP), float("-inf"))
-        r, total, weighted = fold(r, total, weighted, (x,), UNIT)
+        row_max, sum_exp, sum_shifted_exp = online_update(row_max, sum_exp, sum_shifted_exp, (x,), UNIT)
         done += BLOCK + (2 * BLOCK * pairs if done == 0 else 0)
 
-    possible = (label >= 0) & (label < V)
-    x_label = tl.load(logits_ptr + start + label, possible, float("nan"))
-    x_label = tl.where(possible, scaled(x_label, INNER, HAS_SOFTCAP), float("nan"))
-    r, total, weighted = merge(r, total, weighted, 0)
-    nll, entropy, row_max, log_sum = finish(r, total, weighted, x_label, V, UNIT)
+    in_range = (label >= 0) & (label < V)
+    x_label = tl.load(logits_ptr + start + label, in_range, float("nan"))
+    x_label = tl.where(in_range, scaled(x_label, INNER, HAS_SOFTCAP), float("nan"))
+    row_max, sum_exp, sum_shifted_exp = merge(row_max, sum_exp, sum_shifted_exp)
+    nll, entropy, row_max, log_sum = finalize(row_max, sum_exp, sum_shifted_exp, x_label, V, UNIT)
     tl.store(nll_ptr + row, nll)
     tl.store(entropy_ptr + row, entropy)
     tl.store(row_max_ptr + row, row_max)
@@ -125,7 +125,7 @@ def forward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
 
     256 threads with two 128-bit loads each in flight: at 32 registers eight such blocks fill a multiprocessor, and
     that hides the latency of memory; software pipelining would only cost registers. Where a row is shorter than
-    the block, fewer warps: the others would fold nothing but padding.
+    the block, fewer warps: the others would work on nothing but padding.
     """
     warp = warp_size(arch)
     block, threads = 4096 // itemsize, 256
@@ -134,19 +134,19 @@ def forward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
     return {"BLOCK": block, "LANES": 16 // itemsize, "num_warps": threads // warp, "num_stages": 1}
 
 
-def token_stats(
-    logits: Tensor, labels: Tensor, ignore_index: int, logit_scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, entropy, row_max, log_sum per token, in nats; 0 where the label is `ignore_index`."""
-    stats = [torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4)]
+def token_stats(logits: Tensor, labels: Tensor, ignore_index: int, scaling: Scaling) -> tuple[Tensor, RowStats]:
+    """nll, and entropy, row_max and log_sum, per token in nats; 0 where the label is `ignore_index`."""
+    nll, *rest = (torch.empty(labels.shape, dtype=stats_dtype(logits.dtype), device=logits.device) for _ in range(4))
+    stats = RowStats(*rest)
     if labels.numel() == 0:
-        return tuple(stats)
+        return nll, stats
     vocabulary = logits.shape[-1]
     base, shift, vector = rows_of(logits)
     with on_device(logits):
         token_stats_kernel[(labels.numel(),)](
             base,
             labels,
+            nll,
             *stats,
             shift,
             logits.stride(0),
@@ -154,9 +154,9 @@ def token_stats(
             labels.shape[1],
             vocabulary,
             ignore_index,
-            **scaling(logit_scale, softcap),
+            **scaling_constants(scaling),
             VECTOR=vector,
             **forward_config(vocabulary, logits.element_size(), architecture(logits)),
             **FUSED,
         )
-    return tuple(stats)
+    return nll, stats

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtuning_kernels.kernels.contract import RowStats, Scaling, Upstream
 from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rounded, rows_of, warp_size
 from qtuning_kernels.triton_kernels.row_math import (
     LN2,
@@ -13,14 +14,14 @@ from qtuning_kernels.triton_kernels.row_math import (
     load_edge,
     load_words,
     scaled,
-    scaling,
+    scaling_constants,
 )
 
 
-# A live row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
+# An active row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
 # With p = e^((z−m)−log S):
 #   g_nll (p − 1[y]) − g_entropy p (log p + entropy) + g_lse p  =  p·(A + B·log2 p) − g_nll·1[y]
-# The label's entry is written again behind the loop, from float32.
+# The label's entry is written again after the loop, from float32.
 @triton.jit
 def token_stats_backward_kernel(
     logits_ptr,
@@ -32,7 +33,6 @@ def token_stats_backward_kernel(
     grad_nll_ptr,
     grad_entropy_ptr,
     grad_lse_ptr,
-    count_ptr,  # rows that there are, if fewer than programs
     shift,  # elements between logits_ptr, which divides by 16 bytes, and the first logit
     grad_shift,
     stride_a,
@@ -49,14 +49,11 @@ def token_stats_backward_kernel(
     HAS_NLL: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of the gradient that 16 bytes hold
     SAME_LEAD: tl.constexpr,  # every row of the logits begins where the gradient's does within 16 bytes
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if HAS_COUNT and row >= tl.load(count_ptr):
-        return
     a = row // size_c
     c = (row - a * size_c).to(tl.int64)
     start = shift + a.to(tl.int64) * stride_a + c * stride_c
@@ -90,11 +87,11 @@ def token_stats_backward_kernel(
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     entropy = tl.load(entropy_ptr + row)
-    possible = (label >= 0) & (label < V)
-    reference, a_all, b = coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE)
+    in_range = (label >= 0) & (label < V)
+    reference, a_all, b = coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, in_range, SLOPE)
 
     # in place, every warp must have read the logit at the label before the loop of another writes over it
-    x_label = tl.load(logits_ptr + start + label, possible, 0.0)
+    x_label = tl.load(logits_ptr + start + label, in_range, 0.0)
     if HAS_NLL:
         tl.debug_barrier()
 
@@ -111,7 +108,7 @@ def token_stats_backward_kernel(
             tile = tl.load(in_ptr + lanes)
         g = gradient(tile, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
         tl.store(out_ptr + lanes, rounded(g, grad_ptr.dtype.element_ty))
-    # the first block, and what is left behind the last full one
+    # the first block, and what is left after the last full one
     while done < end:
         x, inside = load_edge(edge_ptr + done, lanes, lead - done, end - done, VECTOR if SAME_LEAD else 1)
         g = gradient(x, reference, a_all, b, INNER, HAS_SOFTCAP, UNIT, HAS_ENTROPY)
@@ -126,15 +123,15 @@ def token_stats_backward_kernel(
             slope = slope * (1.0 - squashed * squashed)
         # another thread of the block has written this entry in the loop
         tl.debug_barrier()
-        tl.store(grad_ptr + grad_start + label, rounded(g_label - slope, grad_ptr.dtype.element_ty), possible)
+        tl.store(grad_ptr + grad_start + label, rounded(g_label - slope, grad_ptr.dtype.element_ty), in_range)
 
 
 @triton.jit
-def coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, SLOPE: tl.constexpr):
+def coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, in_range, SLOPE: tl.constexpr):
     """What `gradient` needs of a row: the reference r = (row_max + log_sum)·log2 e, A and B.
 
     A large common offset leaves r a rounding error that would be a factor of the whole row. The error is known, so
-    it goes into A and B and costs nothing per element. A label that is impossible makes the row NaN.
+    it goes into A and B and costs nothing per element. A label out of range makes the row NaN.
     """
     high = row_max * LOG2E
     low = log_sum * LOG2E
@@ -143,7 +140,7 @@ def coefficients(entropy, row_max, log_sum, g_nll, g_entropy, g_lse, possible, S
     excess = -((high - (reference - part)) + (low - part) + tl.fma(row_max, LOG2E, -high))
     factor = tl.exp2(excess) * SLOPE
     b = -g_entropy * LN2
-    a = tl.where(possible, g_nll + g_lse - g_entropy * entropy, float("nan"))
+    a = tl.where(in_range, g_nll + g_lse - g_entropy * entropy, float("nan"))
     return reference, tl.fma(b, excess, a) * factor, b * factor
 
 
@@ -178,17 +175,7 @@ def backward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]
 
 
 def token_stats_backward(
-    logits: Tensor,
-    labels: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    grad_nll: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logits: Tensor, labels: Tensor, stats: RowStats, upstream: Upstream, ignore_index: int, scaling: Scaling
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype.
 
@@ -196,27 +183,15 @@ def token_stats_backward(
     odd vocabulary), the stores keep their 128 bits and the loads go element by element.
     """
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    upstream = (grad_nll, grad_entropy, grad_lse)
-    launch(logits, grad, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
+    launch(logits, grad, labels, stats, upstream, ignore_index, scaling)
     return grad
 
 
 def token_stats_backward_(
-    logits: Tensor,
-    labels: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    grad_nll: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logits: Tensor, labels: Tensor, stats: RowStats, upstream: Upstream, ignore_index: int, scaling: Scaling
 ) -> None:
     """The same, written over the logits."""
-    upstream = (grad_nll, grad_entropy, grad_lse)
-    launch(logits, logits, labels, (entropy, row_max, log_sum), upstream, ignore_index, logit_scale, softcap)
+    launch(logits, logits, labels, stats, upstream, ignore_index, scaling)
 
 
 def same_lead(logits: Tensor, grad: Tensor, rows: Rows, grad_rows: Rows) -> bool:
@@ -233,19 +208,17 @@ def launch(
     logits: Tensor,
     grad: Tensor,
     labels: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor],
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    stats: RowStats,
+    upstream: Upstream,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    count: Tensor | None = None,
+    scaling: Scaling,
 ) -> None:
-    """Write the gradient of `logits` into `grad`; of the first `count` rows only, if that is given (int32 ``[1]``)."""
+    """Write the gradient of `logits` into `grad`, which may be the same memory."""
     if grad.numel() == 0:
         return
     vocabulary = logits.shape[-1]
     if vocabulary == 1:
-        upstream = (None, None, upstream[2])  # nll and entropy are 0 whatever the logit
+        upstream = Upstream(lse=upstream.lse)  # nll and entropy are 0 whatever the logit
     rows, grad_rows = rows_of(logits), rows_of(grad)
     with on_device(logits):
         token_stats_backward_kernel[(labels.numel(),)](
@@ -254,7 +227,6 @@ def launch(
             labels,
             *stats,
             *upstream,
-            count,
             rows.shift,
             grad_rows.shift,
             logits.stride(0),
@@ -264,12 +236,11 @@ def launch(
             labels.shape[1],
             vocabulary,
             ignore_index,
-            **scaling(logit_scale, softcap),
-            SLOPE=logit_scale,
-            HAS_NLL=upstream[0] is not None,
-            HAS_ENTROPY=upstream[1] is not None,
-            HAS_LSE=upstream[2] is not None,
-            HAS_COUNT=count is not None,
+            **scaling_constants(scaling),
+            SLOPE=scaling.logit_scale,
+            HAS_NLL=upstream.nll is not None,
+            HAS_ENTROPY=upstream.entropy is not None,
+            HAS_LSE=upstream.lse is not None,
             VECTOR=grad_rows.vector,
             SAME_LEAD=same_lead(logits, grad, rows, grad_rows),
             **backward_config(vocabulary, logits.element_size(), architecture(logits)),

@@ -1,36 +1,36 @@
-"""The Triton backend as a whole: a training run, very large vocabularies, and its benchmark's plan."""
+"""The Triton backend as a whole: a training run, very large vocabularies, rows without a finite maximum, its grids."""
 
+import importlib
+import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import qtuning_kernels as qk
+from qtuning_kernels.kernels import reference
+from qtuning_kernels.kernels.contract import RowStats, Scaling
 from qtuning_kernels.kernels.dispatch import unavailable_reason
+from tests.interpreter import speed_up_interpreter
 from tests.training.test_trainer import losses, trainer
 
 from . import truth
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def triton(request, monkeypatch):
-    """Operators served by Triton, in the interpreter where there is no GPU."""
+def served_by(monkeypatch):
+    """Chooses the backend; Triton runs in the interpreter where there is no GPU."""
     if reason := unavailable_reason("triton"):
         pytest.skip(f"backend triton: {reason}")
-    from tests.interpreter import quicken
-
-    quicken()
+    speed_up_interpreter()
     return lambda name: monkeypatch.setenv("QTUNING_BACKEND", name)
 
 
-def test_trains_to_the_same_losses_as_the_reference(triton, tmp_path):
+def test_trains_to_the_same_losses_as_the_reference(served_by, tmp_path):
     curves = {}
     for backend in ("reference", "triton"):
-        triton(backend)
+        served_by(backend)
         run = trainer(tmp_path / backend, count=24, max_steps=3, config={"sample_ratio": 0.25, "token_ratio": 0.5})
         run.train()
         curves[backend] = losses(run)
@@ -38,22 +38,97 @@ def test_trains_to_the_same_losses_as_the_reference(triton, tmp_path):
     torch.testing.assert_close(torch.tensor(curves["triton"]), torch.tensor(curves["reference"]), rtol=1e-4, atol=1e-4)
 
 
-# models' vocabularies that the operators' own suite leaves out: Llama 3's and Qwen's are the largest in use
+# models' vocabularies that the operators' own suite leaves out: Llama 3's and Qwen's are the largest in use. The
+# label's logit is one of them in the first row, and has p > 0.999, a fine-tuned model's usual token, in the second.
 @pytest.mark.parametrize("vocabulary", [49152, 128256, pytest.param(151936, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_stats_of_large_vocabularies(triton, vocabulary, dtype):
-    triton("triton")
-    logits = (torch.randn(2, vocabulary, dtype=torch.float64) * 3).to(dtype)
+def test_token_stats_of_large_vocabularies(served_by, vocabulary, dtype):
+    """Every entry of the gradient to a few roundings of the terms that it is the sum of."""
+    served_by("triton")
+    logits = torch.randn(2, vocabulary, dtype=torch.float64) * 3
     labels = torch.tensor([vocabulary - 1, 0])
+    logits[1, 0] = 30
+    logits = logits.to(dtype)
     upstream = [torch.tensor([0.7, -0.3], dtype=torch.float64) for _ in range(3)]
     stats = qk.token_stats(logits, labels)
     expected = truth.stats(logits.double(), labels)
+    assert expected[0][1] < 1e-3
     for name, a, s, e in zip(stats._fields, stats, truth.stats(logits.float(), labels), expected, strict=True):
         truth.assert_no_worse(name, a, s, e)
     (actual,) = truth.grads(lambda x: qk.token_stats(x, labels), [logits], upstream)
     (exact,) = truth.grads(lambda x: truth.stats(x, labels), [logits.double()], upstream)
-    spacing = torch.finfo(dtype).eps * exact.abs() + 1e-6
-    assert ((actual.double() - exact).abs() <= spacing).all()
+    log_p = torch.log_softmax(logits.double(), -1)
+    g_nll, g_entropy, g_lse = (g.abs().unsqueeze(-1) for g in upstream)
+    terms = log_p.exp() * (g_nll + g_lse + g_entropy * (log_p.abs() + expected[1].unsqueeze(-1)))
+    terms = terms.scatter_add(-1, labels.unsqueeze(-1), g_nll)
+    spacing = 0 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps * exact.abs()
+    assert ((actual.double() - exact).abs() <= spacing + 2e-6 * terms + 1e-12).all()
+
+
+# one block and several, 16-byte vectors of each kind; a softcap, under which an infinite logit is a finite z
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 7, 4100])
+@pytest.mark.parametrize("scaling", [Scaling(), Scaling(-0.5), Scaling(2.0, 5.0)], ids=str)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_rows_without_a_finite_maximum(served_by, dtype, vocabulary, scaling):
+    """Rows of nothing but −inf, with a +inf, and with a NaN have the row_max and log_sum of the reference.
+
+    −inf − (−inf) made log_sum NaN, where logsumexp says −inf and +inf.
+    """
+    from qtuning_kernels import triton_kernels
+
+    logits = torch.randn(1, 7, vocabulary).to(dtype)
+    logits[0, 1] = -torch.inf
+    logits[0, 2] = torch.inf
+    logits[0, 3, vocabulary // 2] = torch.inf
+    logits[0, 4, 0], logits[0, 4, -1] = torch.inf, -torch.inf
+    logits[0, 5, vocabulary // 2] = torch.nan
+    logits[0, 6, :-1] = -torch.inf
+    labels = torch.randint(0, vocabulary, (1, 7))
+    nll, stats = triton_kernels.token_stats(logits, labels, -100, scaling)
+    expected_nll, expected = reference.token_stats(logits, labels, -100, scaling)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for a, e in zip((nll, *stats), (expected_nll, *expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if scaling == Scaling():
+        lse = torch.logsumexp(logits.to(nll.dtype), -1)
+        torch.testing.assert_close(stats.row_max + stats.log_sum, lse, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_token_stats_return_the_contract_tuples(served_by):
+    from qtuning_kernels import triton_kernels
+
+    nll, stats = triton_kernels.token_stats(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), -100, Scaling())
+    assert isinstance(nll, torch.Tensor)
+    assert isinstance(stats, RowStats)
+
+
+def test_segment_means_of_more_rows_than_a_second_axis_holds(served_by, monkeypatch):
+    """Rows on the grid's second axis fail to launch beyond 65,535; the interpreter knows no such limit."""
+    module = importlib.import_module("qtuning_kernels.triton_kernels.segment_means")
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    values, cu_seqlens = torch.randn(70_000, 4), torch.tensor([0, 1, 4], dtype=torch.int32)
+    monkeypatch.setattr(module, "segment_means_kernel", Recorder())
+    assert module.segment_means(values, cu_seqlens).shape == (70_000, 2)
+    assert grids == [(140_000,)]
+
+
+def test_segment_means_of_several_rows(served_by):
+    from qtuning_kernels import triton_kernels
+
+    values = torch.randn(5, 1300)
+    cu_seqlens = torch.tensor([0, 1, 1, 700, 1300], dtype=torch.int32)
+    segments = [values[:, a:b].double() for a, b in itertools.pairwise(cu_seqlens)]
+    expected = torch.stack([x.mean(1).float() for x in segments], 1)
+    actual = triton_kernels.segment_means(values, cu_seqlens)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7, equal_nan=True)
+    assert actual[:, 1].isnan().all()
 
 
 def test_gpu_benchmark_prints_its_plan():

@@ -1,4 +1,4 @@
-"""The GPU kernels' compiled code, read without a GPU: registers, spills, access widths, instructions per element.
+"""The GPU kernels' compiled code, read without a GPU: registers, spills, access widths, barriers, instructions.
 
 Bars have 5 % slack, for the pinned compiler. Compilation happens in another process, because kernels that were
 defined for the interpreter cannot be compiled.
@@ -17,37 +17,40 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
-from benchmarks.gpu_kernels import ours
 from benchmarks.compile_ahead import compile_kernel
-arch, divisible, names = sys.argv[1], sys.argv[2] == "True", sys.argv[3:]
+from benchmarks.gpu_kernels import ours, token_stats_backward
+arch, asked = sys.argv[1], json.loads(sys.argv[2])
+if "backwards" in asked:
+    entries = [token_stats_backward(arch, *x, name=str(x)) for x in asked["backwards"]]
+else:
+    entries = [x for x in ours(arch, asked["divisible"]) if x.name.startswith(asked["name"])]
 rows = {}
-for entry in ours(arch, divisible):
-    if names and not any(entry.name.startswith(name) for name in names):
-        continue
+for entry in entries:
     kernel = compile_kernel(entry.fn, arch, entry.arguments, **entry.options)
     loop = kernel.main_loop()
     elements = loop.load_bytes / 2 if loop else 0
     rows[entry.name] = {
         "registers": kernel.registers,
         "spills": kernel.spill_bytes,
+        "spilled_registers": kernel.spilled_registers,
         "blocks": kernel.blocks_per_multiprocessor,
         "instructions": len(loop.instructions) / elements if elements else None,
         "exponentials": loop.exponentials / elements if elements else None,
         "loads": sorted(loop.load_widths) if loop else [],
         "stores": sorted(loop.store_widths) if loop else [],
-        "barriers": loop.barriers if loop else 0,
-        "matrix": loop.matrix if loop else 0,
+        "barriers": kernel.code.count(r"BAR|s_barrier"),
+        "barriers_in_loops": sum(x.barriers for x in kernel.loops),
+        "spills_in_loops": sum(x.count(r"LDL|STL|scratch_") for x in kernel.loops),
         "store_only": [sorted(x.store_widths) for x in kernel.store_only_loops()],
     }
 print(json.dumps(rows))
 """
 SLACK = 1.05
-STATISTICS = ("token_stats",)
 
 
-def inspect(arch, divisible, *names):
+def inspect(arch, **asked):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, arch, str(divisible), *names]
+    command = [sys.executable, "-c", PROGRAM, arch, json.dumps(asked)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -56,12 +59,12 @@ def inspect(arch, divisible, *names):
 @pytest.mark.parametrize("divisible", [True, False], ids=["divisible", "odd"])
 @pytest.mark.parametrize(("arch", "instructions", "backward"), [("sm_90", 9.5, 6.0), ("sm_100", 8.8, 6.0)])
 def test_token_stats(arch, instructions, backward, divisible):
-    """An odd vocabulary must not narrow the loads; a label's fix or a pruned row must not enter the loop."""
-    rows = inspect(arch, divisible, *STATISTICS)
+    """An odd vocabulary must not narrow the loads; the label's entry or a pruned row must not enter the loop."""
+    rows = inspect(arch, divisible=divisible, name="token_stats")
     forward = rows["token_stats"]
     assert forward["instructions"] <= instructions * SLACK
     assert forward["exponentials"] <= 1.13
-    assert forward["barriers"] == 0
+    assert forward["barriers_in_loops"] == 0
     assert forward["loads"] == [128]
     if arch == "sm_90":
         assert forward["registers"] <= 32
@@ -71,23 +74,53 @@ def test_token_stats(arch, instructions, backward, divisible):
     assert nll["exponentials"] == everything["exponentials"] == 1.0
     for row in (nll, everything):
         assert row["loads"] == row["stores"] == [128]
-        assert row["barriers"] == 0
         assert [128] in row["store_only"], "pruned rows are written without a load"
     assert all(row["spills"] == 0 for row in rows.values())
 
 
-def test_linear_token_stats():
-    rows = inspect("sm_90", True, "linear", "gemm")
-    assert rows["linear_token_stats"]["registers"] <= 200
-    assert all(row["matrix"] > 0 for row in rows.values()), "matrix instructions in the loop"
-    assert all(row["spills"] == 0 for row in rows.values())
-    assert all(row["loads"] == [128] for row in rows.values())
+# upstream gradients with nll, all of them; a block of eight warps, and of one
+SPECIALISATIONS = [
+    (vocabulary, upstream)
+    for vocabulary in (128256, 100)
+    for upstream in (("nll",), ("nll", "entropy"), ("nll", "lse"), ("nll", "entropy", "lse"))
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_barriers_around_the_label_entry(arch):
+    """In place, one barrier between the read of the label's logit and the loop, and one between it and the write.
+
+    Without the first a warp's gradient is read as the logit of another; without the second the loop's own value
+    may be the last one written. Neither shows in the interpreter. In the loops a barrier would cost every trip.
+    """
+    rows = inspect(arch, backwards=SPECIALISATIONS)
+    assert len(rows) == len(SPECIALISATIONS)
+    for name, row in rows.items():
+        assert (row["barriers"], row["barriers_in_loops"]) == (2, 0), name
+        assert row["spills"] == 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_specialisation(arch):
+    """With a softcap and an odd vocabulary too. There an A100's edge blocks need more registers than the compiler
+    gives them: one register is spilled, outside of the loops."""
+    cases = [(v, u, cap) for v, u in [*SPECIALISATIONS, (50257, ("nll", "entropy", "lse"))] for cap in (None, 30.0)]
+    for name, row in inspect(arch, backwards=cases).items():
+        if arch != "gfx942":  # one wavefront needs no barrier, and the compiler knows
+            assert (row["barriers"], row["barriers_in_loops"]) == (2, 0), name
+        assert row["spills_in_loops"] == 0, name
+        assert row["spills"] <= (8 if arch == "sm_80" and "50257" in name else 0), name
 
 
 def test_amd():
-    rows = inspect("gfx942", False, *STATISTICS)
-    assert all(row["spills"] == 0 for row in rows.values()), "no scratch"
-    assert all(row["loads"] == [128] for row in rows.values())
+    rows = inspect("gfx942", divisible=False, name="token_stats")
+    for name, row in rows.items():
+        assert row["spills"] == row["spilled_registers"] == 0, f"{name}: no scratch"
+        assert row["loads"] == [128], name
+        assert row["barriers_in_loops"] == 0, name
+    assert rows["token_stats_backward, all"]["barriers"] == 2
     assert rows["token_stats"]["exponentials"] <= 1.13
 
 
@@ -96,5 +129,5 @@ def test_amd():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
 def test_nothing_spills(arch):
     for divisible in (True, False):
-        rows = inspect(arch, divisible)
-        assert {name: row["spills"] for name, row in rows.items() if row["spills"]} == {}
+        for name, row in inspect(arch, divisible=divisible, name="").items():
+            assert row["spills"] == row["spilled_registers"] == 0, name
