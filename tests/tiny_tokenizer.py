@@ -39,3 +39,28 @@ def byte_tokenizer(
         pad_token="<|im_end|>",
         chat_template=chat_template,
     )
+
+
+# with the marks by which `transformers` finds the assistant's tokens
+_MARKED_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos> ' + message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + ' <eos> ' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos> assistant ' }}{% endif %}"
+)
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word, few enough for the tiny models' vocabulary."""
+    tokens = ["<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *dict.fromkeys(words)]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:4]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=_MARKED_TEMPLATE,
+    )

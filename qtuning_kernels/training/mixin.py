@@ -142,6 +142,8 @@ class QTuningMixin:
                     "(no trainable token, or a perplexity that is not finite)",
                     stacklevel=2,
                 )
+            if not self._planner.selects:
+                return batches, count
             batches = [self._cut(*parts) for parts in zip(plan.kept, pools, kinds, strict=True)]
             count = self._get_num_items_in_batch(batches, device)
         if count is None:
