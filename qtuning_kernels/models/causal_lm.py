@@ -87,23 +87,29 @@ class CausalLM:
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, model: nn.Module | None = None) -> None:
         """Compares the model's own logits with those of its parts on a few tokens.
+
+        Args:
+            model: what the trainer got from wrapping `base`; default `base` itself.
 
         Raises:
             ValueError: they differ, so the model does something between backbone and logits that this
                 package does not know, and its scores and losses would be wrong.
         """
-        weight, bias = head_parameters(self.head)
-        input_ids = torch.arange(4, device=weight.device).unsqueeze(0) % weight.shape[0]
+        model = self.base if model is None else model
+        device = next(self.base.parameters()).device
+        input_ids = torch.arange(4, device=device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        rows = torch.arange(4, device=device)
         with evaluation(self.base):
-            expected = self.base(input_ids=input_ids, use_cache=False).logits.float()
-            hidden = backbone(self.decoder, input_ids)
-            logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.logit_scale
+            expected = model(input_ids=input_ids, use_cache=False).logits[0]
+            logits = self.forward(model, input_ids, None, rows, nn.functional.linear)
+        eps = torch.finfo(logits.dtype).eps
+        expected, logits = expected.float(), logits.float() * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         finite = torch.isfinite(expected)
-        tolerance = 32 * torch.finfo(weight.dtype).eps * expected[finite].abs().amax() if finite.any() else 0
+        tolerance = 32 * eps * expected[finite].abs().amax() if finite.any() else 0
         if expected.shape != logits.shape or (expected - logits)[finite].abs().gt(tolerance).any():
             raise ValueError(
                 f"the logits of {type(self.base).__name__} are not "

@@ -80,9 +80,9 @@ class Flops:
         embedding = causal_lm.base.get_input_embeddings()
         skip = {id(p) for p in embedding.parameters()}
         weights = [p for p in causal_lm.decoder.parameters() if id(p) not in skip]
-        self.body = sum(p.numel() for p in weights)
-        self.body_trained = sum(p.numel() for p in weights if p.requires_grad)
-        self.head = causal_lm.head.weight.numel()
+        self.body = sum(map(_elements, weights))
+        self.body_trained = sum(_elements(p) for p in weights if p.requires_grad)
+        self.head = _elements(causal_lm.head.weight)
         self.head_trained = self.head if causal_lm.head.weight.requires_grad else 0
 
     def forward(self, positions: int, head_rows: int) -> float:
@@ -92,3 +92,8 @@ class Flops:
         """Forward, gradients of activations, gradients of the trained weights."""
         weights = 2.0 * (self.body_trained * positions + self.head_trained * head_rows)
         return 2 * self.forward(positions, head_rows) + weights
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, also where this process holds a part (DeepSpeed ZeRO-3)."""
+    return getattr(parameter, "ds_numel", parameter.numel())

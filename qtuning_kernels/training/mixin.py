@@ -201,7 +201,7 @@ class QTuningMixin:
             raise ValueError(f"the batch size found is {pool}, the selection pool; accepted: 2 or more")
         self.causal_lm = CausalLM(self.model)  # `model_init` may have made another since
         if self.sharded:
-            self.causal_lm.check()
+            self.causal_lm.check(self.model)
         resumed = self._resume_from is not None
         state = Path(self._resume_from) / STATE_FILE if resumed else None
         metadata = _metadata(state) if state and state.exists() else {}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(output, processes, *options, timeout=240):
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [sys.executable, *(command if processes > 1 else []), str(ROOT / "tests/training/distributed_worker.py"),
