@@ -160,12 +160,13 @@ else:
         partitioned += hasattr(parameter, "full_tensor")
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         weights[name] = whole.detach().contiguous().clone()
+fused = trainer.fused()  # every process asks the model
 trainer.save_model(str(options.output / "final"))
 if rank == 0:
     save_file(weights, options.output / "w")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = {"tokens": everyone, "losses": losses, "summary": trainer.qtuning_summary(), "wrapped": wrapped,
-              "partitioned": partitioned, "fused": trainer.fused()}  # fmt: skip
+              "partitioned": partitioned, "fused": fused}  # fmt: skip
     (options.output / "result.json").write_text(json.dumps(result))
 # everything is written; the interpreter's teardown beside gloo's threads aborts about once in ten runs
 if world > 1:

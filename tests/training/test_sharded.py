@@ -1,6 +1,7 @@
 """Sharded and partitioned models over gloo: the step of one process, whatever wraps the model and its head."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,7 @@ def test_resume(tmp_path, wrapper):
     whole = run(tmp_path / "whole", wrapper, "untied", "--save-steps", "3")
     folder = tmp_path / "whole"
     before = load_file(folder / "w")
+    shutil.rmtree(folder / "checkpoint-5")
     done = launch(folder, 2, *options(wrapper, "untied"), "--wrapper", wrapper, "--save-steps", "3", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     after = load_file(folder / "w")
