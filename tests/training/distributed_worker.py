@@ -1,10 +1,20 @@
-"""One process of a run over gloo, wrapped as asked; started by test_distributed.py and test_sharded.py with torchrun."""
+"""One process of a run over gloo, wrapped as asked; test_distributed.py and test_sharded.py start it with torchrun."""
 
 import argparse
 import json
 import os
 import signal
 from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import save_file
+
+import qtuning_kernels as qk
+from tests.tiny import tiny_model, tiny_samples
 
 parser = argparse.ArgumentParser()
 parser.add_argument("output", type=Path)
@@ -20,19 +30,6 @@ parser.add_argument("--rescore-every", type=int, default=1)
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--resume", action="store_true")
 options = parser.parse_args()
-if options.wrapper.startswith("zero"):
-    os.environ["DS_ACCELERATOR"] = "cpu"
-
-import accelerate
-import datasets
-import torch
-import transformers
-from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import save_file
-
-import qtuning_kernels as qk
-from tests.tiny import tiny_model, tiny_samples
-
 torch.set_num_threads(1)
 world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 

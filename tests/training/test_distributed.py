@@ -23,7 +23,7 @@ def launch(output, processes, *options, timeout=240):
     return subprocess.run(
         [sys.executable, *(command if processes > 1 else []), str(ROOT / "tests/training/distributed_worker.py"),
          str(output), *options],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         timeout=timeout, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
