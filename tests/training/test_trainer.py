@@ -323,7 +323,7 @@ def test_an_evaluation_batch_without_labels_is_the_host_s(tmp_path):
     run = trainer(tmp_path, config=PRUNING)
     plain = transformers.Trainer(tiny_model(), arguments(tmp_path / "plain"), data_collator=PlainCollator())
     data = datasets.Dataset.from_list(samples)
-    assert run.evaluate(data)["eval_loss"] == pytest.approx(plain.evaluate(data)["eval_loss"], rel=1e-5)
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(plain.evaluate(data)["eval_loss"], rel=1e-5, nan_ok=True)
 
 
 def test_a_batch_without_labels_column_is_refused(tmp_path):
