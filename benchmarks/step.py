@@ -13,6 +13,7 @@ Variants of a group:
     eager Q-Tuning   Q-Tuning as one writes it first: full logits, log_softmax, a Python loop over samples
     ours 1×1         this package's step with both ratios 1: micro-batches without pruning
     ours             this package's step at the ratios, as it comes: library and scoring precision measured at start
+    ours over TRL    the mixin over trl.SFTTrainer, as it comes
     ours, default|onednn, model|bfloat16   the same with each choice forced
 
 Everything but the forced variants multiplies float32 matrices with the library that "ours" chose.
@@ -31,7 +32,8 @@ from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak, 
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 GROUPS = ("float32", "autocast", "lora")
 PHASES = ("score", "select", "compact", "train", "optimizer")
-VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours, default, model",
+VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours over TRL",
+            "ours, default, model",
             "ours, default, bfloat16", "ours, onednn, model", "ours, onednn, bfloat16")  # fmt: skip
 
 
@@ -109,11 +111,11 @@ def summarise(lines: list[dict]) -> list[dict]:
         low, median, high = quartiles(seconds)
         row = {"variant": name, "repeats": len(seconds), "median_s": median, "q1_s": low, "q3_s": high}
         row |= {f"{p}_s": statistics.median(s.get(p, 0.0) for s in steps[name]) for p in PHASES}
-        for baseline in ("full data", "eager Q-Tuning", "ours 1×1"):
+        for baseline in ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1"):
             if baseline in totals:  # of the same pool, so that what slows both cancels
                 ratios = [b / own for b, own in zip(totals[baseline], seconds, strict=True)]
                 low, median, high = quartiles(ratios)
-                label = baseline.replace(" ", "_").replace("×", "x")
+                label = baseline.replace(",", "").replace(" ", "_").replace("×", "x")
                 row |= {f"vs_{label}": median, f"vs_{label}_q1": low, f"vs_{label}_q3": high}
         rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     return rows

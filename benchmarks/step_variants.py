@@ -1,7 +1,6 @@
 """The variants of a whole optimiser step that `step.py` measures, all on one model and one optimiser."""
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,13 +10,11 @@ import datasets
 import torch
 import transformers
 
-from qtuning_kernels import QTuningConfig
+from qtuning_kernels import QTuningConfig, QTuningTrainer
 from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
 from qtuning_kernels.data.samples import to_sample
-from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.matmul import choose_precision, float32_matmul
 from qtuning_kernels.training.accounting import PHASES
-from qtuning_kernels.training.step import QTuningStep
 
 Step = Callable[[int], dict[str, float]]
 
@@ -96,34 +93,28 @@ class Bench:
         )
         return self._trainer_step(trainer)
 
+    def _trl_features(self) -> list[dict]:
+        rows = (f for i in range(self.options.repeats + 1) for f in self.features(i))
+        return [{"input_ids": f["input_ids"], "labels": f["labels"]} for f in rows]
+
     def trl(self) -> Step:
         import trl
 
-        features = [
-            {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]}
-            for f in (f for i in range(self.options.repeats + 1) for f in self.features(i))
-        ]
         trainer = trl.SFTTrainer(
             self.model,
             self.arguments(trl.SFTConfig),
-            train_dataset=datasets.Dataset.from_list(features),
+            train_dataset=datasets.Dataset.from_list(self._trl_features()),
             processing_class=self.tokenizer,
         )
+        return self._trainer_step(trainer)
 
-        def convert(batch: list[dict]) -> list[dict]:
-            return [
-                {"input_ids": f["input_ids"], "completion_mask": [int(x != -100) for x in f["labels"]]} for f in batch
-            ]
-
-        return self._trainer_step(trainer, convert)
-
-    def _trainer_step(self, trainer, convert=lambda features: features):
+    def _trainer_step(self, trainer: transformers.Trainer) -> Step:
         trainer.optimizer = self.optimizer
         model = trainer.accelerator.prepare_model(self.model)
         trainer.current_gradient_accumulation_steps = 1
 
         def step(index: int) -> dict[str, float]:
-            batch = trainer.data_collator(convert(self.features(index)))
+            batch = trainer.data_collator(self.features(index))
             start = time.perf_counter()
             batches, count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
             trainer.training_step(model, batches[0], count)
@@ -214,22 +205,42 @@ class Bench:
 
         return step
 
-    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str = "auto") -> Step:
-        config = QTuningConfig(
-            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, matmul=matmul
+    def config(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str) -> QTuningConfig:
+        return QTuningConfig(
+            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, matmul=matmul, record=False
         )
-        device = torch.device("cpu")
-        runner = QTuningStep(self.model, CausalLM(self.model), config, device, self.autocast)
-        print(f"{score_dtype}, {matmul}: {runner.precision}", file=sys.stderr)
+
+    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str = "auto") -> Step:
+        trainer = QTuningTrainer(
+            self.model,
+            self.arguments(transformers.TrainingArguments),
+            train_dataset=datasets.Dataset.from_list(self.features(0)),
+            processing_class=self.tokenizer,
+            qtuning=self.config(sample_ratio, token_ratio, score_dtype, matmul),
+        )
+        return self._selecting_step(trainer)
+
+    def mixin_over_trl(self) -> Step:
+        import trl
+
+        from qtuning_kernels import QTuningSFTTrainer
+
+        trainer = QTuningSFTTrainer(
+            self.model,
+            self.arguments(trl.SFTConfig),
+            train_dataset=datasets.Dataset.from_list(self._trl_features()),
+            processing_class=self.tokenizer,
+            qtuning=self.config(self.options.sample_ratio, self.options.token_ratio, "auto", "auto"),
+        )
+        return self._selecting_step(trainer)
+
+    def _selecting_step(self, trainer: transformers.Trainer) -> Step:
+        run = self._trainer_step(trainer)
 
         def step(index: int) -> dict[str, float]:
-            pool = self.pool(index)
-            plan = runner.plan([pool])
-            self.model.train()
-            with plan.clock.phase("train"):
-                runner.train(plan, lambda loss: loss.backward())
-            plan.clock.seconds["optimizer"] = self.update()
-            return {phase: plan.clock.seconds[phase] for phase in PHASES}
+            seconds = run(index)
+            phases = {phase: trainer._plan.clock.seconds[phase] for phase in PHASES}
+            return phases | {"optimizer": seconds["optimizer"]}
 
         return step
 
@@ -250,6 +261,7 @@ class Bench:
             "eager Q-Tuning": lambda: self.like_for_like(self.eager()),
             "ours 1×1": lambda: self.ours(1.0, 1.0, "model"),
             "ours": lambda: self.ours(*ratios, "auto"),
+            "ours over TRL": self.mixin_over_trl,
         }
         for matmul in ("default", "onednn"):
             for dtype in ("model", "bfloat16"):

@@ -11,6 +11,7 @@ from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_st
 from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
 
 if TYPE_CHECKING:
+    from qtuning_kernels.training.loop import select_batch
     from qtuning_kernels.training.mixin import QTuningMixin
     from qtuning_kernels.training.sft import QTuningSFTTrainer
     from qtuning_kernels.training.trainer import QTuningTrainer
@@ -30,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_token_stats",
     "prune_tokens",
+    "select_batch",
     "token_stats",
     "triage_samples",
 ]
@@ -40,6 +42,7 @@ _LATE = {
     "QTuningMixin": "qtuning_kernels.training.mixin",
     "QTuningSFTTrainer": "qtuning_kernels.training.sft",
     "QTuningTrainer": "qtuning_kernels.training.trainer",
+    "select_batch": "qtuning_kernels.training.loop",
 }
 
 

@@ -91,3 +91,9 @@ def cu_seqlens_of(samples: Sequence[Sample]) -> Tensor:
     """int32 ``[B+1]``, prefix sum of the trainable tokens per sample."""
     counts = torch.tensor([0, *(len(s.label_positions) for s in samples)])
     return counts.cumsum(0).to(torch.int32)
+
+
+def without_labels(samples: Sequence[Sample]) -> Sample:
+    """The shortest of the samples, for a batch that may not be empty."""
+    shortest = min(samples, key=lambda sample: len(sample.input_ids))
+    return shortest.masked(torch.zeros_like(shortest.labels, dtype=torch.bool))

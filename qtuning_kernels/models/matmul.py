@@ -6,6 +6,7 @@ bfloat16, and does where the processor has matrix units for it; so its error is 
 bfloat16 is faster than in float32 depends on the processor as well, and no flag tells.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# oneDNN keeps a compiled kernel for each shape it has met, about half a megabyte each and 1024 of them. Lengths of text
+# hardly ever meet again, and compiling one costs little beside a product; both caches read this at their first use.
+for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "128")
 
 MOST_ERROR = 4.0  # of oneDNN's float32 product, in errors of the default one
 _REPEATS = 5

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.data.batches import BatchKind, put_together, take_apart
-from qtuning_kernels.data.samples import Sample
+from qtuning_kernels.data.batches import put_together, take_apart
+from qtuning_kernels.data.samples import without_labels
 from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.matmul import Precision, float32_matmul
@@ -150,7 +150,8 @@ class QTuningMixin(Host):
                 )
             if not planner.selects:
                 return batches, count
-            batches = [self._cut(*parts) for parts in zip(plan.kept, pools, kinds, strict=True)]
+            triples = zip(plan.kept, pools, kinds, strict=True)
+            batches = [put_together(kept or [without_labels(pool)], kind) for kept, pool, kind in triples]
             count = self._get_num_items_in_batch(batches, device)
         if count is None:
             if any((batch["labels"][:, 1:] == -100).all() for batch in batches):
@@ -160,13 +161,6 @@ class QTuningMixin(Host):
                 )
             return batches, None
         return batches, torch.as_tensor(count).clamp(min=1)  # a step without labels has loss 0, not 0 / 0
-
-    def _cut(self, kept: list[Sample], pool: list[Sample], kind: BatchKind) -> dict[str, Any]:
-        """The batch of the kept samples; where there are none, of a sample without labels."""
-        if not kept:
-            shortest = min(pool, key=lambda sample: len(sample.input_ids))
-            kept = [shortest.masked(torch.zeros_like(shortest.labels, dtype=torch.bool))]
-        return put_together(kept, kind)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         plan, planner = self._plan, self._planner

@@ -218,3 +218,22 @@ def test_trl_s_loss_type_stays(tmp_path):
         run.train()
     nll, dft = (losses(run)[0] for run in runs)
     assert abs(nll - dft) > 0.01
+
+
+def test_a_loop_without_a_trainer_gets_the_same_batch(tmp_path):
+    config = qk.QTuningConfig(**PRUNING, record=False, **FIXED)
+    trainer = make_plain(tmp_path, tiny_model(), config)
+    pool = PoolCollator()(tiny_samples(8))
+    (expected,), count = trainer.get_batch_samples(iter([dict(pool)]), 1, torch.device("cpu"))
+    batch = qk.select_batch(tiny_model(), pool, config)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert int((batch["labels"][:, 1:] != -100).sum()) == int(count)
+
+
+def test_a_loop_may_find_nothing_to_train_on():
+    pool = PoolCollator()(tiny_samples(8))
+    pool["labels"][:] = -100
+    batch = qk.select_batch(tiny_model(), pool, qk.QTuningConfig(**PRUNING, **FIXED))
+    assert (batch["labels"] == -100).all()
+    assert len(batch["labels"]) == 1
