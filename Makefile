@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-slow test-oldest bench lint format sanitize clean
+.PHONY: train test test-slow test-oldest bench lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
 	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
@@ -37,6 +37,11 @@ bench: $(VENV)/installed $(VENV)/fetched
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/codespell
+
+lint-csrc: $(VENV)/installed
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

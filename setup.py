@@ -17,9 +17,9 @@ from setuptools.command.build_py import build_py
 
 RECORDS = {name: Path(f"qtuning_kernels/{name}_build.json") for name in ("native", "cuda")}  # read by those modules
 WANTED = {name: os.environ.get(f"QTUNING_{name.upper()}", "") for name in RECORDS}
-# Ampere, Ada, Hopper, Blackwell, and PTX for what comes after
 # every folder of the package
 FOLDERS = sorted(path.parent.name for path in Path("qtuning_kernels").glob("*/__init__.py"))
+# Ampere, Ada, Hopper, Blackwell, and PTX for what comes after
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # toolkits that do not know Blackwell
 SANITIZE = ["-fsanitize=address,undefined", "-O1"] if os.environ.get("QTUNING_SANITIZE") else []
@@ -140,7 +140,7 @@ setup(
     # another distribution owns the import name `triton_kernels`, so the folder installs inside the package
     package_dir={"qtuning_kernels.triton_kernels": "triton_kernels"},
     package_data={
-        "qtuning_kernels": [path.name for path in RECORDS.values()],
+        "qtuning_kernels": ["py.typed", *(path.name for path in RECORDS.values())],
         "qtuning_kernels.report": ["templates/*"],
     },
     **extensions(),

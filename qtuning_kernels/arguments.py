@@ -53,7 +53,7 @@ def check_labels(
         if device.type != "cpu":
             torch._assert_async(~outside.any(), f"labels must be in [0, {size}) or ignore_index={ignore_index}")
     elif outside.any():
-        first = outside.reshape(-1).nonzero()[0].item()
+        first = int(outside.reshape(-1).nonzero()[0])
         raise IndexError(
             f"labels[{first}] (flattened) is {labels.reshape(-1)[first].item()}; "
             f"accepted: [0, {size}) or ignore_index={ignore_index}"

@@ -83,7 +83,7 @@ def _config_value(path: Path, name: str, value: Any, option: argparse.Action) ->
     if isinstance(value, (bool, list, dict)):
         raise UsageError(f"{path}: {name} is {value!r}; accepted: one text or number")
     try:  # through text, because YAML reads 1e-4 as text
-        converted = option.type(str(value)) if option.type else str(value)
+        converted = option.type(str(value)) if callable(option.type) else str(value)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(f"{path}: {name} is {value!r}: {error}") from None
     if option.choices is not None and converted not in option.choices:
@@ -106,7 +106,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line of a warning that is meant for users; libraries' deprecations are not."""
     if issubclass(category, UserWarning):
         print(f"qtuning: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -155,6 +155,6 @@ def _boundaries(lengths: list[int], names: Sequence[str]) -> dict[str, Any]:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     longest = max(lengths)
     index = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))[None]
-    made = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "seq_idx": index}
+    made: dict[str, Any] = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "seq_idx": index}
     made |= {"max_length_q": longest, "max_length_k": longest}
     return {name: made[name] for name in names}

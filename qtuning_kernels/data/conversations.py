@@ -138,9 +138,10 @@ def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
     if turns and "from" not in turns[0]:
         return _checked([*messages, *_messages_of(row, "conversations")])
     for number, turn in enumerate(turns, 1):
-        role = _SHAREGPT_ROLES.get(turn.get("from"))
+        sender = turn.get("from")
+        role = _SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
         if role is None:
-            raise DataError(f"turn {number} is from {turn.get('from')!r}; accepted: {', '.join(_SHAREGPT_ROLES)}")
+            raise DataError(f"turn {number} is from {sender!r}; accepted: {', '.join(_SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise DataError(f"turn {number}: 'value' must be text, not {type(turn.get('value')).__name__}")
         messages.append({"role": role, "content": turn["value"]})

@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
     token_index: Tensor
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        return MicroBatch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        return MicroBatch._make(x if x is None else x.to(device, non_blocking=True) for x in self)
 
 
 def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "padded") -> list[MicroBatch]:

@@ -139,9 +139,9 @@ def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = raw.decode("utf-8-sig")  # editors on Windows write the mark
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        number = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}, {error.reason}"
+            f"{file}:{number}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}, {error.reason}"
         ) from None
     if not text.strip():
         raise DataError(f"{file}: the file is empty")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from datasets import Dataset
@@ -196,7 +196,8 @@ class _TemplateRenderer:
         self.special = tuple(sorted(added, key=len, reverse=True))
 
     def _template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return cast(str, text)
 
     def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
         text = self._template(messages)

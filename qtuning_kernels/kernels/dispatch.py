@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -105,7 +106,7 @@ def _choose(device_type: str, forced: str) -> str:
 
 def serving(device: torch.device) -> RowOperators:
     """The row operators of the backend that serves `device`."""
-    return _module(backend(device))
+    return cast(RowOperators, _module(backend(device)))
 
 
 _SCALING = "int ignore_index, float logit_scale, float? softcap"

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def load_extension(module: str, record: str, needs: str) -> None:
         BackendUnavailableError: it was left out, was compiled for another PyTorch, or does not load.
     """
     path = Path(__file__).parents[1] / record
-    build = json.loads(path.read_text()) if path.exists() else {"built": False, "reason": None}
+    build: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"built": False, "reason": None}
     how = f"install again with {needs}: {_INSTALL}"
     if not build["built"]:
         reason = build["reason"] or "it was never compiled"

@@ -8,7 +8,7 @@ Products: 2NHV to score; 6NHV for loss and gradients, 4NHV with a frozen head, w
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def _scored(head: _Head) -> _Rows:
     return _Rows(head, head.labels != head.ignore_index if head.hidden.device.type == "cpu" else None)
 
 
-def _stats(head: _Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stats(head: _Head) -> tuple[Tensor, ...]:
     rows = _scored(head)
     result = [head.hidden.new_zeros(len(head.labels), dtype=stats_dtype(head.hidden.dtype)) for _ in range(4)]
     workspace = head.workspace(rows.size * head.vocabulary)
@@ -136,7 +136,7 @@ class _Gradients:
             make = torch.empty_like if rows.count else torch.zeros_like
             self.weight = make(head.weight, dtype=torch.float32 if self.in_float32 else None)
         if self.needs_bias:
-            self.bias = head.bias.new_zeros(head.vocabulary, dtype=stats_dtype(head.hidden.dtype))
+            self.bias = head.hidden.new_zeros(head.vocabulary, dtype=stats_dtype(head.hidden.dtype))
 
     def add(self, chunk: slice, hidden: Tensor, grad: Tensor) -> None:
         """One chunk's, from its hidden states and the gradient of its logits."""
@@ -205,10 +205,10 @@ def _linear_token_stats(hidden, weight, bias, labels, ignore_index, logit_scale,
 def _linear_token_stats_backward(hidden, weight, bias, labels, *rest):
     *values, ignore_index, logit_scale, softcap, output_mask = rest
     head = _Head(hidden, weight, bias, labels, ignore_index, Scaling(logit_scale, softcap))
-    upstream = [g for g in values[3:] if g is not None]
+    grads = [g for g in values[3:] if g is not None]
     active = labels != ignore_index
-    if upstream:
-        active &= torch.stack([g != 0 for g in upstream]).any(0)
+    if grads:
+        active &= torch.stack([g != 0 for g in grads]).any(0)
     rows = _Rows(head, active)
     gradients = _Gradients(head, rows, output_mask)
     values = [x if x is None else rows.of(x, slice(0, rows.count)) for x in values]
@@ -224,8 +224,9 @@ def _linear_token_stats_backward(hidden, weight, bias, labels, *rest):
     return gradients.tuple()
 
 
-def _tuples(values: list[Tensor | None], chunk: slice) -> tuple[RowStats, Upstream]:
-    parts = [x if x is None else x[chunk] for x in values]
+def _tuples(values: list[Any], chunk: slice) -> tuple[RowStats, Upstream]:
+    """The rows of a chunk, from the fields of `RowStats` and then those of `Upstream`."""
+    parts: list[Any] = [x if x is None else x[chunk] for x in values]
     return RowStats(*parts[:3]), Upstream(*parts[3:])
 
 

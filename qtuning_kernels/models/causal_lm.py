@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CausalLM:
@@ -28,7 +31,8 @@ class CausalLM:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        wrapped: Any = model
+        self.base: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
         name = type(self.base).__name__
         config = getattr(self.base, "config", None)
         if config is None or not hasattr(self.base, "get_output_embeddings"):
@@ -40,14 +44,14 @@ class CausalLM:
                 "model uses prompt learning (prefix or prompt tuning), which changes the sequence; "
                 "accepted: adapters on weights, such as LoRA"
             )
-        self.decoder = self.base.get_decoder()
+        self.decoder: nn.Module = self.base.get_decoder()
         if self.decoder is self.base or self.base.get_output_embeddings() is None:
             raise ValueError(f"model must have a backbone and a language-model head, {name} has not both")
         self.logit_scale, self.softcap = _scaling(config.get_text_config())
         _head_module(self.base)  # refuses early
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         return _head_module(self.base)
 
     def forward(
@@ -83,7 +87,7 @@ class CausalLM:
         with replaced_forward(self.base, of_model):
             return model(input_ids=input_ids, position_ids=position_ids)
 
-    def scaling(self) -> dict[str, float | None]:
+    def scaling(self) -> dict[str, Any]:
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     @torch.no_grad()
@@ -144,7 +148,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """A head's weight ``[V, H]`` and its bias ``[V]`` or None.
 
     Raises:
@@ -176,8 +180,8 @@ def _scaling(config: Any) -> tuple[float, float | None]:
     return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
 
-def _head_module(base: nn.Module) -> nn.Module:
-    head = base.get_output_embeddings()
+def _head_module(base: "PreTrainedModel") -> nn.Linear:
+    head: Any = base.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the head
         adapter = head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]
         head = head.modules_to_save[adapter]

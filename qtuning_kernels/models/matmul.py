@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def float32_matmul(choice: str) -> Iterator[None]:
     if choice == "default":
         yield
         return
-    switch = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # PyTorch puts the switch there at run time
+    switch = mkldnn.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
@@ -67,9 +69,9 @@ class MatmulTimes:
 
 def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
     """(out, in) of the model's widest and narrowest linear layer, its head left out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     shapes = {
-        tuple(module.weight.shape)
+        (module.weight.shape[0], module.weight.shape[1])
         for module in model.modules()
         if isinstance(module, nn.Linear) and module is not head and module.weight.dim() == 2
     }

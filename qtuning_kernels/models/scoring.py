@@ -65,7 +65,7 @@ class Scorer:
         wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision.score_dtype)
         self.dtype = None if wanted == next(causal_lm.base.parameters()).dtype else wanted
         self.tokens_scored = 0  # positions that the forwards read, padding included
-        self._copy: tuple[nn.Module, nn.Module] | None = None
+        self._copy: tuple[nn.Module, nn.Linear] | None = None
 
     def score(self, samples: Sequence[Sample], device: torch.device | str, autocast: Any = nullcontext) -> Scores:
         """Scores of all trainable tokens, in the order of `samples`, on `device`.

@@ -62,4 +62,5 @@ def triage_samples(ppl: Tensor, entropy: Tensor, keep_ratio: float, *, method: s
     check_choice("method", method, TRIAGE_METHODS)
     triage = triage_bisect if method == "bisect" else operators_for(ppl.device).triage_rank
     k = keep_count(keep_ratio, ppl.shape[0])
-    return Triage(*triage(*(x.detach().float().contiguous() for x in (ppl, entropy)), k))
+    ppl, entropy = (x.detach().float().contiguous() for x in (ppl, entropy))
+    return Triage(*triage(ppl, entropy, k))

@@ -41,21 +41,18 @@ def _picture_folder(output: Path) -> Path:
 
 
 def _render(context: dict[str, Any]) -> str:
+    loader = PackageLoader("qtuning_kernels.report")
     environment = Environment(
-        loader=PackageLoader("qtuning_kernels.report"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    source = {name: Markup(_asset(environment, name)) for name in ("report.css", "report.js")}
+    source = {name: Markup(loader.get_source(environment, name)[0]) for name in ("report.css", "report.js")}
     return environment.get_template("report.html").render(
         **context, css=source["report.css"], js=source["report.js"], plotly_js=Markup(get_plotlyjs())
     )
-
-
-def _asset(environment: Environment, name: str) -> str:
-    return environment.loader.get_source(environment, name)[0]
 
 
 def _script_json(value: Any) -> Markup:

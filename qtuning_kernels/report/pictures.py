@@ -1,6 +1,7 @@
 """The same charts as PNG and SVG files, for papers."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -84,7 +85,7 @@ def _stack(axes: Axes, curves: pd.DataFrame, columns: dict[str, tuple[str, str]]
 
 def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Shares, mean perplexity and entropy, loss and time over the run."""
-    style = {"marker": "o"} if len(curves) < 3 else {}
+    style: dict[str, Any] = {"marker": "o"} if len(curves) < 3 else {}
     paths = []
 
     figure, axes = _axes("optimiser step", "share of samples")

@@ -77,7 +77,8 @@ def token_samples(record: Record) -> tuple[list[TokenSample], int]:
     """The answers of the token view, and how many the record holds beyond `MAX_TOKENS`."""
     roles = {(row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)}
     prompts = dict(zip(record.texts.id, record.texts.prompt, strict=True))
-    shown, budget = [], MAX_TOKENS
+    shown: list[TokenSample] = []
+    budget = MAX_TOKENS
     for row in record.tokens.itertuples():
         strings, keep = _list(row.tokens), _list(row.keep)
         nll = _list(row.nll) or [math.nan] * len(strings)

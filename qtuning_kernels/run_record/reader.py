@@ -173,7 +173,8 @@ def read_record(run: str | Path) -> Record:
         notices.append("The run ended before its first optimiser step was recorded.")
     elif (head["total_steps"] or 0) > last:
         notices.append(f"{last} of {head['total_steps']} steps are recorded: the run is under way, or it ended early.")
-    return Record(folder, head, *(tables[name] for name in (*TABLES, "texts.jsonl")), notices)
+    samples, steps, tokens, texts = (tables[name] for name in (*TABLES, "texts.jsonl"))
+    return Record(folder, head, samples, steps, tokens, texts, notices)
 
 
 _NOT_NUMBERS = frozenset({"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated"})

@@ -94,6 +94,6 @@ class Flops:
         return 2 * self.forward(positions, head_rows) + weights
 
 
-def _elements(parameter: torch.nn.Parameter) -> int:
+def _elements(parameter: torch.Tensor) -> int:
     """Of the whole parameter, also where this process holds a part (DeepSpeed ZeRO-3)."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -11,7 +11,8 @@ from qtuning_kernels.models.collectives import gather
 def balance_by_tokens(samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
     """Samples dealt out so that each process gets about as many tokens: longest first, each to the process
     with the least so far, the lowest rank among equals."""
-    loads, shards = [0] * processes, [[] for _ in range(processes)]
+    loads = [0] * processes
+    shards: list[list[Sample]] = [[] for _ in range(processes)]
     for sample in sorted(samples, key=lambda s: len(s.trimmed().input_ids), reverse=True):
         least = loads.index(min(loads))
         loads[least] += len(sample.trimmed().input_ids)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -27,11 +27,16 @@ from qtuning_kernels.training.checkpoints import latest_checkpoint
 from qtuning_kernels.training.planner import StepPlan, StepPlanner
 from qtuning_kernels.training.record_rows import sample_rows, step_row, token_rows
 
+if TYPE_CHECKING:  # what stands behind the mixin in the bases
+    from transformers import Trainer as Host
+else:
+    Host = object
+
 STATE_FILE = "qtuning_state.safetensors"
 logger = logging.get_logger(__name__)
 
 
-class QTuningMixin:
+class QTuningMixin(Host):
     """Put before `transformers.Trainer` or a subclass of it in the bases of a class of your own.
 
     A batch of the dataloader is a selection pool. The mixin changes what `get_batch_samples` returns and nothing else:
@@ -49,6 +54,8 @@ class QTuningMixin:
         ValueError: a model that is not supported, a pool of one, a wrapper in which this cannot work; from training, a
             batch that cannot be divided by samples.
     """
+
+    model: nn.Module
 
     def __init__(self, *args: Any, qtuning: QTuningConfig | None = None, **kwargs: Any) -> None:
         self.qtuning = QTuningConfig() if qtuning is None else qtuning
@@ -103,7 +110,7 @@ class QTuningMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "sample_id" not in self._signature_columns:
+        if self._signature_columns is not None and "sample_id" not in self._signature_columns:
             self._signature_columns += ["sample_id"]
 
     def get_train_dataloader(self) -> Any:
@@ -115,7 +122,7 @@ class QTuningMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the host's; ``resume_from_checkpoint=True`` takes the newest complete checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(latest_checkpoint(self.args.output_dir))
+            resume_from_checkpoint = str(latest_checkpoint(self._folder))
         self._resume_from = resume_from_checkpoint or None
         try:
             return super().train(self._resume_from, *args, **kwargs)
@@ -128,8 +135,7 @@ class QTuningMixin:
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """As many batches as the host would train on, cut to what is kept, and the number of their labels."""
-        if self._planner is None:
-            self._begin()
+        planner = self._planner or self._begin()
         with torch.profiler.record_function("qtuning.plan"):
             start = time.perf_counter()
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -137,7 +143,7 @@ class QTuningMixin:
                 return batches, count
             pools, kinds = zip(*map(take_apart, batches), strict=True)
             seconds = time.perf_counter() - start
-            self._plan = plan = self._planner.plan(list(pools), epoch=self.state.epoch or 0.0)
+            self._plan = plan = planner.plan(list(pools), epoch=self.state.epoch or 0.0)
             plan.clock.seconds["data"] = seconds
             if plan.num_kept == 0:
                 warnings.warn(
@@ -145,7 +151,7 @@ class QTuningMixin:
                     "(no trainable token, or a perplexity that is not finite)",
                     stacklevel=2,
                 )
-            if not self._planner.selects:
+            if not planner.selects:
                 return batches, count
             triples = zip(plan.kept, pools, kinds, strict=True)
             batches = [put_together(kept or [without_labels(pool)], kind) for kept, pool, kind in triples]
@@ -157,11 +163,13 @@ class QTuningMixin:
                     "model or a compute_loss_func that takes num_items_in_batch, or a larger pool"
                 )
             return batches, None
-        return batches, count.clamp(min=1)  # a step without labels has loss 0, not 0 / 0
+        return batches, torch.as_tensor(count).clamp(min=1)  # a step without labels has loss 0, not 0 / 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        plan = self._plan
-        with plan.clock.phase("train"), float32_matmul(self._planner.precision.matmul):
+        plan, planner = self._plan, self._planner
+        if plan is None or planner is None:  # a step of the caller's own, outside of `train`
+            return super().training_step(model, inputs, *args, **kwargs)
+        with plan.clock.phase("train"), float32_matmul(planner.precision.matmul):
             loss = super().training_step(model, inputs, *args, **kwargs)
         plan.loss = plan.loss + loss
         return loss
@@ -169,7 +177,7 @@ class QTuningMixin:
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As the host's, which writes nothing of a sharded state and says nothing."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_fsdp_enabled and "FULL" not in str(plugin.state_dict_type):
+        if self.is_fsdp_enabled and plugin and "FULL" not in str(plugin.state_dict_type):
             plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(*args, **kwargs)
 
@@ -191,7 +199,11 @@ class QTuningMixin:
 
     # the run's own bookkeeping
 
-    def _begin(self) -> None:
+    @property
+    def _folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir))  # None on its way into the arguments only
+
+    def _begin(self) -> StepPlanner:
         """Before the first step: the planner, what a resumed run brings along, and the record."""
         pool = getattr(self, "_train_batch_size", 2)  # `auto_find_batch_size` may have made it smaller
         if pool < 2 and self.qtuning.sample_ratio < 1 and self.args.world_size == 1:
@@ -200,18 +212,18 @@ class QTuningMixin:
         if self.sharded:
             self.causal_lm.check(self.model)
         resumed = self._resume_from is not None
-        state = Path(self._resume_from) / STATE_FILE if resumed else None
+        state = Path(self._resume_from) / STATE_FILE if self._resume_from else None
         metadata = _metadata(state) if state and state.exists() else {}
         precision = Precision(metadata["matmul"], metadata["score_dtype"]) if metadata else None
         where = self.args.device, self.accelerator.autocast
-        self._planner = StepPlanner(self.model, self.causal_lm, self.qtuning, *where, precision, self.sharded)
-        logger.info(str(self._planner.precision))
-        if metadata:
-            self._planner.cache.load(state)
+        self._planner = planner = StepPlanner(self.model, self.causal_lm, self.qtuning, *where, precision, self.sharded)
+        logger.info(str(planner.precision))
+        if state and metadata:
+            planner.cache.load(state)
             self.totals = Totals(**json.loads(metadata["totals"]))
         if self.qtuning.record and self.is_world_process_zero():
             self._record = RunRecord(
-                Path(self.args.output_dir) / "record",
+                self._folder / "record",
                 resume_step=self.state.global_step if resumed else None,
                 total_steps=self.state.max_steps,
                 token_samples=self.qtuning.record_tokens,
@@ -220,10 +232,11 @@ class QTuningMixin:
             self._record.write_run(
                 configuration={
                     "qtuning": asdict(self.qtuning),
-                    "precision": asdict(self._planner.precision),
+                    "precision": asdict(planner.precision),
                     "training": self.args.to_sanitized_dict(),
                 }
             )
+        return planner
 
     def _end_step(self) -> None:
         """After the optimiser: the step's accounts and its record."""

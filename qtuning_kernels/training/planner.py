@@ -72,8 +72,10 @@ class StepPlanner:
         if precision is None:
             with autocast():
                 casts = torch.is_autocast_enabled(device.type)
-            options = {"matmul": config.matmul, "score_dtype": config.score_dtype, "autocast": casts}
-            precision = gather(choose_precision(causal_lm.base, **options))[0]
+            precision = choose_precision(
+                causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype, autocast=casts
+            )
+            precision = gather(precision)[0]
         self.precision = precision
         self.cache = ScoreCache(config.rescore_every, always_score=sharded)
         self.scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens, sharded=sharded)

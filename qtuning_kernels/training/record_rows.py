@@ -20,7 +20,7 @@ def sample_rows(plan: StepPlan) -> list[dict[str, Any]]:
         selection = plan.selections[index] if plan.selections else None
         for i, sample in enumerate(pool):
             tokens = len(sample.label_positions)
-            row = {"id": sample.sample_id, "num_tokens": tokens}
+            row: dict[str, Any] = {"id": sample.sample_id, "num_tokens": tokens}
             if selection is None:
                 row |= {"keep": tokens > 0, "kept_tokens": tokens}
             else:

@@ -1,6 +1,7 @@
 """`QTuningTrainer`: Hugging Face's `Trainer` on what Q-Tuning keeps, with the fused loss."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qtuning_kernels.models.collectives import largest
 from qtuning_kernels.models.matmul import float32_matmul
 from qtuning_kernels.models.scoring import layout_for
 from qtuning_kernels.training.mixin import QTuningMixin
+from qtuning_kernels.training.planner import StepPlanner
 
 PROBE = [[1, 2, 3, 4, 5], [5, 3, 4, 2, 1]]  # token ids, modulo the vocabulary
 logger = logging.get_logger(__name__)
@@ -74,9 +76,9 @@ class QTuningTrainer(QTuningMixin, Trainer):
         )
         self._fused: bool | None = None
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _begin(self) -> StepPlanner:
         self._fused = None
+        return super()._begin()
 
     def fused(self) -> bool:
         """Whether the loss on kept positions is the model's own loss, asked of it once a run."""
@@ -112,7 +114,7 @@ class QTuningTrainer(QTuningMixin, Trainer):
         """Σ nll of the micro-batch's labels, times `factor`, over `count`."""
 
         def head_loss(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-            options = self.causal_lm.scaling() | {"bias": bias}
+            options = {"bias": bias, **self.causal_lm.scaling()}
             if hidden.device.type != "cpu":  # weights would be read on the host
                 return linear_cross_entropy(hidden, matrix, batch.labels, **options) * factor / count
             weight = torch.full(batch.labels.shape, factor, dtype=stats_dtype(matrix.dtype)) / count
@@ -161,6 +163,8 @@ class QTuningTrainer(QTuningMixin, Trainer):
         if "rows" not in inputs:
             inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            raise ValueError("num_items_in_batch is None; accepted: the number of labels in the optimiser step")
         # data-parallel training averages gradients over processes, the loss is a mean over all their tokens
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self._loss(model, MicroBatch(**inputs), num_items_in_batch, processes)
@@ -169,13 +173,15 @@ class QTuningTrainer(QTuningMixin, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """Evaluation's loss without logits, where nothing but the loss is asked for: mean nll, nothing pruned."""
-        labels = inputs.get("labels")
-        if not prediction_loss_only or labels is None or not (labels[:, 1:] != -100).any() or not self.fused():
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        host = partial(super().prediction_step, model, inputs, prediction_loss_only, ignore_keys)
+        if not prediction_loss_only or inputs.get("labels") is None or not self.fused():
+            return host()
         samples, _ = take_apart(inputs)
-        batches = self._micro_batches(samples)
         count = sum(len(sample.labels) for sample in samples)
+        if count == 0:
+            return host()
+        batches = self._micro_batches(samples)
         matmul = self._planner.precision.matmul if self._planner else "default"
         with torch.no_grad(), self.compute_loss_context_manager(), float32_matmul(matmul):
             losses = [self._loss(model, batch.to(self.args.device), count) for batch in batches]
-        return sum(losses).detach(), None, None
+        return torch.stack(losses).sum(), None, None

@@ -221,6 +221,10 @@ BAD_RECORDS = {
         {"conversations": [{"from": "cat", "value": "a"}]},
         "turn 1 is from 'cat'; accepted: system",
     ),
+    "sharegpt sender": (  # which no dictionary can look up: "unhashable type: 'list'" without a check
+        {"conversations": [{"from": ["cat"], "value": "a"}]},
+        r"turn 1 is from \['cat'\]; accepted: system",
+    ),
     "sharegpt value": ({"conversations": [{"from": "human"}]}, "turn 1: 'value' must be text, not NoneType"),
     "no prompt": ({"prompt": None, "completion": "b"}, "column 'prompt' is missing"),
     "wrong type": ({"prompt": "a", "completion": ["b"]}, "column 'completion' must be text, not list"),

@@ -50,8 +50,9 @@ def test_forward_runs_inside_the_wrappers():
 
     causal_lm = CausalLM(model)
     tokens = torch.tensor([[5, 6, 7]])
-    hidden = causal_lm.forward(Wrapper(model), tokens, None, lambda h: h)
-    assert torch.equal(hidden, backbone(model.model, tokens))
+    rows = torch.tensor([2, 0])
+    hidden = causal_lm.forward(Wrapper(model), tokens, None, rows, lambda hidden, *_: hidden)
+    assert torch.equal(hidden, backbone(model.model, tokens)[0, rows])
     assert calls == [["input_ids", "position_ids"]]
     assert model(input_ids=tokens).logits.shape == (1, 3, 97)
     assert "forward" not in model.__dict__

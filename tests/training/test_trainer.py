@@ -206,6 +206,34 @@ def test_evaluation_without_logits(tmp_path):
     assert batch["labels"].shape[0] == 8
 
 
+def test_evaluation_of_labels_that_nothing_predicts(tmp_path):
+    """A padding-free batch whose one label is the first token of its second sample: no token stands before it. Found
+    as a label of the row, it left an empty sum without `detach`; the host's answer is a mean over that one label.
+    """
+    run = trainer(tmp_path)
+    input_ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    labels = torch.full_like(input_ids, -100)
+    labels[0, 3] = 8
+    batch = {"input_ids": input_ids, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    ours, _, _ = run.prediction_step(run.model, batch, prediction_loss_only=True)
+    with torch.no_grad():
+        assert ours == run.model(**batch).loss
+
+
+def test_a_step_outside_of_train_is_the_host_s(tmp_path):
+    """Without a plan there is nothing to account for; it was an attribute of None that was asked for a clock."""
+    run = trainer(tmp_path, tiny_model(), config=PRUNING)
+    run.create_optimizer_and_scheduler(num_training_steps=1)
+    batch = PoolCollator()(tiny_samples(8))
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = run.training_step(run.model, dict(batch), count)
+    with torch.no_grad():
+        batch.pop("sample_id")
+        torch.testing.assert_close(loss, run.model(**batch).loss, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="num_items_in_batch is None; accepted: the number of labels"):
+        run.training_step(run.model, PoolCollator()(tiny_samples(8)))
+
+
 def test_pool_of_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size is 1, the selection pool"):
         trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
