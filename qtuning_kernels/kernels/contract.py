@@ -1,6 +1,6 @@
 """The contract of the row operators: what every backend implements, and what it says where it cannot.
 
-A backend is a module with the three functions of `RowOperators`. Nothing here knows autograd (`functional.py`), a
+A backend is a module with the functions of `RowOperators`. Nothing here knows autograd (`functional.py`), a
 matrix product (`linear.py`) or a policy (`pruning/`). Shapes at this level are normal forms that `functional.py` makes:
 
 - ``logits [A, C, V]``, float32, bfloat16, float16 or float64, any strides with a dense last dimension;
@@ -9,7 +9,7 @@ matrix product (`linear.py`) or a policy (`pruning/`). Shapes at this level are 
 - a token whose label is `ignore_index` has statistics 0 and gradient exactly 0, whatever its logits hold.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,39 +49,8 @@ class Upstream(NamedTuple):
     lse: Tensor | None = None
 
 
-class RowOperators(Protocol):
-    """What a backend provides."""
-
-    def token_stats(
-        self, logits: Tensor, labels: Tensor, ignore_index: int, scaling: Scaling
-    ) -> tuple[Tensor, RowStats]:
-        """One read of the logits: nll, and what the backward needs."""
-
-    def token_stats_backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        stats: RowStats,
-        upstream: Upstream,
-        ignore_index: int,
-        scaling: Scaling,
-    ) -> Tensor:
-        """The gradient of the logits, in their dtype, contiguous."""
-
-    def token_stats_backward_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        stats: RowStats,
-        upstream: Upstream,
-        ignore_index: int,
-        scaling: Scaling,
-    ) -> None:
-        """The same, written over the logits. A row whose upstream gradients are all 0 is only written."""
-
-
-class RegisteredOperators:
-    """The row operators that are registered with PyTorch under `namespace`, where tuples are taken apart."""
+class RowOperators:
+    """The three functions of a backend, here of one that is registered with PyTorch under `namespace`."""
 
     def __init__(self, namespace: str) -> None:
         self._operators = getattr(torch.ops, namespace)
@@ -89,29 +58,20 @@ class RegisteredOperators:
     def token_stats(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scaling: Scaling
     ) -> tuple[Tensor, RowStats]:
+        """One read of the logits: nll, and what the backward needs."""
         nll, *stats = self._operators.token_stats(logits, labels, ignore_index, *scaling)
         return nll, RowStats(*stats)
 
     def token_stats_backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        stats: RowStats,
-        upstream: Upstream,
-        ignore_index: int,
-        scaling: Scaling,
+        self, logits: Tensor, labels: Tensor, stats: RowStats, upstream: Upstream, ignore_index: int, scaling: Scaling
     ) -> Tensor:
+        """The gradient of the logits, in their dtype, contiguous."""
         return self._operators.token_stats_backward(logits, labels, *stats, *upstream, ignore_index, *scaling)
 
     def token_stats_backward_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        stats: RowStats,
-        upstream: Upstream,
-        ignore_index: int,
-        scaling: Scaling,
+        self, logits: Tensor, labels: Tensor, stats: RowStats, upstream: Upstream, ignore_index: int, scaling: Scaling
     ) -> None:
+        """The same, written over the logits. A row whose upstream gradients are all 0 is only written."""
         self._operators.token_stats_backward_(logits, labels, *stats, *upstream, ignore_index, *scaling)
 
 

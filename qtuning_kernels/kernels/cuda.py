@@ -8,14 +8,14 @@ import os
 
 import torch
 
-from qtuning_kernels.kernels.contract import RegisteredOperators
+from qtuning_kernels.kernels.contract import RowOperators
 from qtuning_kernels.kernels.extension import load_extension
 
 if emulator := os.environ.get("QTUNING_CUDA_EMULATOR"):
     torch.ops.load_library(emulator)
 else:
     load_extension("_cuda", "cuda_build.json", "a CUDA build of PyTorch, and nvcc")
-_registered = RegisteredOperators("qtuning_cuda")
+_registered = RowOperators("qtuning_cuda")
 token_stats = _registered.token_stats
 token_stats_backward = _registered.token_stats_backward
 token_stats_backward_ = _registered.token_stats_backward_

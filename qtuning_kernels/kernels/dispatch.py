@@ -16,7 +16,6 @@ import torch
 
 from qtuning_kernels.kernels.contract import (
     BackendUnavailableError,
-    RegisteredOperators,
     RowOperators,
     RowStats,
     Scaling,
@@ -160,4 +159,4 @@ def register(name: str, schemas: dict[str, str], implementation: Callable, fake:
 register("token_stats", SCHEMAS, _token_stats, _fake_token_stats)
 register("token_stats_backward", SCHEMAS, _token_stats_backward, _fake_token_stats_backward)
 register("token_stats_backward_", SCHEMAS, _token_stats_backward_, _fake_token_stats_backward_)
-row_operators = RegisteredOperators("qtuning_kernels")
+row_operators = RowOperators("qtuning_kernels")

@@ -2,11 +2,11 @@
 
 import torch
 
-from qtuning_kernels.kernels.contract import RegisteredOperators
+from qtuning_kernels.kernels.contract import RowOperators
 from qtuning_kernels.kernels.extension import load_extension
 
 load_extension("_C", "native_build.json", "a C++ compiler")
-_registered = RegisteredOperators("qtuning_native")
+_registered = RowOperators("qtuning_native")
 token_stats = _registered.token_stats
 token_stats_backward = _registered.token_stats_backward
 token_stats_backward_ = _registered.token_stats_backward_
