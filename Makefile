@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-slow bench lint lint-csrc format sanitize clean
+.PHONY: train test test-slow test-oldest bench lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
 	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
@@ -18,6 +18,14 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed $(VENV)/fetched
 	$(BIN)/python -m pytest --slow $(ARGS)
+
+# The trainers' tests on the oldest transformers that is supported, in an environment of its own.
+OLDEST := transformers==5.0.0
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-build-isolation --editable '.[lora,report,test]' '$(TORCH)' '$(OLDEST)'
+	$(VENV)-oldest/bin/python -m pytest tests/training tests/data $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/fetched
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' '$(TORCH)' --no-build-isolation

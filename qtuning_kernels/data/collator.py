@@ -31,5 +31,6 @@ class PoolCollator:
             "labels": padded([feature["labels"] for feature in features], IGNORE_INDEX),
         }
         if all("sample_id" in feature for feature in features):
-            batch["sample_id"] = torch.tensor([int(feature["sample_id"]) for feature in features])
+            ids = [feature["sample_id"] for feature in features]
+            batch["sample_id"] = ids if any(isinstance(x, str) for x in ids) else torch.tensor(list(map(int, ids)))
         return batch

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,6 +65,9 @@ class QTuningMixin(Host):
         if not self.sharded:  # or else its weights may be in parts already
             self.causal_lm.check()
         self._refuse_unsupported()
+        policy = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+        if getattr(policy, "output_dtype", None) is not None:  # would round scores and losses as they leave the model
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         self.totals = Totals()
         self._planner: StepPlanner | None = None
         self._plan: StepPlan | None = None

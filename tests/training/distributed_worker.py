@@ -27,6 +27,7 @@ parser.add_argument("--head", choices=["tied", "untied", "saved"], default="tied
 parser.add_argument("--lora", action="store_true")
 parser.add_argument("--dtype", default="float64")  # so that another order of additions does not show
 parser.add_argument("--rescore-every", type=int, default=1)
+parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--resume", action="store_true")
 options = parser.parse_args()
@@ -43,6 +44,8 @@ def shard_on_cpus() -> None:
         if fsdp_plugin is not None:
             self.distributed_type = accelerate.DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
 
     AcceleratorState.__init__ = init
@@ -109,6 +112,7 @@ arguments = transformers.TrainingArguments(
     use_cpu=True,
     disable_tqdm=True,
     ddp_timeout=60,
+    bf16=options.bf16,
     **wrapping,
 )
 trainer = qk.QTuningTrainer(
@@ -126,12 +130,14 @@ trainer = qk.QTuningTrainer(
     callbacks=[Kill()],
 )
 
-tokens = []
+tokens, exact = [], []
 plan = trainer.get_batch_samples
 
 
 def counted(*args):
     batches, count = plan(*args)
+    nll = trainer._plan.scores[0].nll
+    exact.append(bool((nll.bfloat16().float() != nll).any()))
     tokens.append(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
     return batches, count
 
@@ -163,7 +169,7 @@ if rank == 0:
     save_file(weights, options.output / "w")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = {"tokens": everyone, "losses": losses, "summary": trainer.qtuning_summary(), "wrapped": wrapped,
-              "partitioned": partitioned, "fused": fused}  # fmt: skip
+              "partitioned": partitioned, "fused": fused, "exact": exact}  # fmt: skip
     (options.output / "result.json").write_text(json.dumps(result))
 # everything is written; the interpreter's teardown beside gloo's threads aborts about once in ten runs
 if world > 1:

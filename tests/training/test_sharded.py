@@ -108,6 +108,14 @@ def test_resume(tmp_path, wrapper):
     assert json.loads((folder / "result.json").read_text())["losses"] == pytest.approx(whole["losses"], rel=1e-6)
 
 
+def test_scores_leave_a_sharded_model_unrounded(tmp_path):
+    """accelerate's policy casts what a model returns to bfloat16: eight bits of every nll, and ties among samples."""
+    folder = tmp_path / "run"
+    done = launch(folder, 2, "--pool", "16", "--wrapper", "fsdp2", "--dtype", "float32", "--bf16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(json.loads((folder / "result.json").read_text())["exact"])
+
+
 def test_tiny_models_differ_by_head():
     assert tiny_model("llama-tied").config.tie_word_embeddings
     assert not tiny_model("llama").config.tie_word_embeddings

@@ -307,3 +307,62 @@ def test_checkpoint_loads(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
     assert_same_weights(weights(run), dict(loaded.named_parameters()))
     assert json.loads(Path(tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+def test_predict_gives_the_host_s_logits(tmp_path):
+    """An empty dictionary in the place of the outputs would make predictions of nothing."""
+    run = trainer(tmp_path, config=PRUNING)
+    samples = datasets.Dataset.from_list([{k: s[k] for k in ("input_ids", "labels")} for s in tiny_samples(4)])
+    run.data_collator = PlainCollator()
+    predictions = run.predict(samples).predictions
+    assert predictions.shape[0] == 4
+    assert predictions.shape[-1] == 97
+
+
+def test_a_model_made_by_the_trainer(tmp_path):
+    """`model_init` makes another model when training begins: scores of the first would be of untrained weights."""
+    run = qk.QTuningTrainer(
+        model_init=lambda: tiny_model("llama"),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=datasets.Dataset.from_list(tiny_samples(32)),
+        qtuning=qk.QTuningConfig(**PRUNING, score_dtype="model", matmul="default"),
+    )
+    run.train()
+    assert run.causal_lm.base is run.model
+    assert run.qtuning_summary()["samples_kept"] == 4
+
+
+def test_ids_may_be_text(tmp_path):
+    samples = [sample | {"sample_id": f"row-{sample['sample_id']}"} for sample in tiny_samples(16)]
+    config = {**PRUNING, "rescore_every": 2}
+    run = trainer(tmp_path, samples=samples, config=config, max_steps=4, save_strategy="steps", save_steps=3)
+    run.train()
+    assert set(read_record(tmp_path).samples["id"]) == {f"row-{1000 + i}" for i in range(16)}
+    again = trainer(tmp_path, samples=samples, config=config, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_weights(weights(run), weights(again))
+
+
+def test_an_evaluation_batch_without_labels_is_the_host_s(tmp_path):
+    """Counted as loss 0 it would halve the evaluation's loss."""
+    samples = tiny_samples(16)
+    for sample in samples[8:]:
+        sample["labels"] = [-100] * len(sample["labels"])
+    run = trainer(tmp_path, config=PRUNING)
+    plain = transformers.Trainer(tiny_model(), arguments(tmp_path / "plain"), data_collator=PlainCollator())
+    data = datasets.Dataset.from_list(samples)
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(plain.evaluate(data)["eval_loss"], rel=1e-5, nan_ok=True)
+
+
+def test_a_batch_without_labels_column_is_refused(tmp_path):
+    run = trainer(tmp_path, config=PRUNING)
+    with pytest.raises(ValueError, match="'labels' among the columns"):
+        run.get_batch_samples(iter([{"input_ids": torch.ones(2, 3, dtype=torch.long)}]), 1, torch.device("cpu"))
+
+
+def test_a_batch_size_of_one_that_was_found_is_refused(tmp_path):
+    """`auto_find_batch_size` halves the pool until a step fits; of a pool of one nothing can be pruned."""
+    run = trainer(tmp_path, config=PRUNING)
+    run._train_batch_size = 1
+    with pytest.raises(ValueError, match="the batch size found is 1, the selection pool; accepted: 2 or more"):
+        run._begin()
