@@ -19,13 +19,13 @@ class PoolCollator:
     def __init__(self, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         def padded(rows: list[Sequence[int]], value: int) -> Tensor:
             tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
         tokens = [feature["input_ids"] for feature in features]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": padded(tokens, self.pad_token_id),
             "attention_mask": padded([[1] * len(row) for row in tokens], 0),
             "labels": padded([feature["labels"] for feature in features], IGNORE_INDEX),

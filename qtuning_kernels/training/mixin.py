@@ -65,7 +65,7 @@ class QTuningMixin(Host):
         if not self.sharded:  # or else its weights may be in parts already
             self.causal_lm.check()
         self._refuse_unsupported()
-        policy = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+        policy: Any = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
         if getattr(policy, "output_dtype", None) is not None:  # would round scores and losses as they leave the model
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         self.totals = Totals()
