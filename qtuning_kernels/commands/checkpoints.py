@@ -1,4 +1,4 @@
-"""The output folder of a run: refused if in use, or resumed; the final model is there whole or not at all."""
+"""The output folder of a run: refused if in use, or resumed; the final model is written whole or not at all."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ def prepare_output(output: Path, resume: bool, *, given: bool = True) -> str | N
 
     Raises:
         FileExistsError: the folder is in use and `resume` is not asked for.
-        FileNotFoundError: `resume` is asked for and the folder is not there.
+        FileNotFoundError: `resume` is asked for and there is no such folder.
     """
     if resume:
         if not given or not output.is_dir():
@@ -44,11 +44,3 @@ def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:
         shutil.rmtree(final)
     temporary.rename(final)
     return final
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write under a temporary name and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

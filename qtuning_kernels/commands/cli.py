@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.commands import fetch, info, report, score, select, train
+from qtuning_kernels.commands import fetch, info, options, report, score, select, train
 
 # one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
 COMMANDS = (train, report, score, select, fetch, info)
+_DEBUG = "--debug"
 
 
 class UsageError(ValueError):
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
         subparser.set_defaults(run=command.run)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.add_argument(_DEBUG, action="store_true", dest="traceback", help="show the traceback of an error")
     return parser
 
 
@@ -42,15 +43,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: the file cannot be read, or holds a name or value that the command does not have.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
+    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):  # whose import takes seconds
+        options.add_training_arguments(_subparser(parser, "train"), shown="--help-all" in argv)
     arguments = parser.parse_args(argv)
     config = _config_file(arguments)
     if config is None:
         return arguments
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    subparser = subparsers.choices[arguments.command]
+    subparser = _subparser(parser, arguments.command)
     subparser.set_defaults(**_config_values(config, subparser))
     return parser.parse_args(argv)
+
+
+def _subparser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
 
 
 def _config_file(arguments: argparse.Namespace) -> Path | None:
@@ -62,13 +69,18 @@ def _config_file(arguments: argparse.Namespace) -> Path | None:
 
 
 def _config_values(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    options = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    accepted = {
+        text.removeprefix("--"): option
+        for option in parser._actions
+        for text in option.option_strings
+        if option.dest not in ("help", "config") and not text.startswith("--no-")
+    }
     values = {}
     for name, value in _read_config(path).items():
-        option = options.get(str(name).replace("-", "_"))
+        option = accepted.get(str(name).replace("_", "-"))
         if option is None:
-            accepted = ", ".join(sorted(dest.replace("_", "-") for dest in options))
-            raise UsageError(f"{path}: unknown key {name!r}; accepted: {accepted}")
+            names = ", ".join(sorted(text for text, option in accepted.items() if option.help != argparse.SUPPRESS))
+            raise UsageError(f"{path}: unknown key {name!r}; accepted: {names}")
         if value is not None:
             values[option.dest] = _config_value(path, name, value, option)
     return values
@@ -79,6 +91,8 @@ def _config_value(path: Path, name: str, value: Any, option: argparse.Action) ->
     if option.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
+        return value
+    if isinstance(value, (list, dict)) and option.default == argparse.SUPPRESS:  # a field of TrainingArguments
         return value
     if isinstance(value, (bool, list, dict)):
         raise UsageError(f"{path}: {name} is {value!r}; accepted: one text or number")
@@ -133,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if "--debug" in argv:
+        if _DEBUG in argv:
             traceback.print_exc()
         cause = " ".join(str(error).split()) or type(error).__name__
         print(f"qtuning: error: {cause}", file=sys.stderr)

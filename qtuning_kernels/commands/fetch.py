@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qtuning_kernels.demo import assets as fetch
+from qtuning_kernels.demo import assets
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -21,5 +21,5 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for asset in (fetch.MODEL, fetch.DATA):
-        fetch.fetch(asset, cache=arguments.cache)
+    for asset in (assets.MODEL, assets.DATA):
+        assets.fetch(asset, cache=arguments.cache)

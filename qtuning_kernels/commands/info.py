@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import platform
-from importlib import metadata
+import warnings
 
-from qtuning_kernels.demo import assets as fetch
-from qtuning_kernels.kernels import dispatch as ops
-
-_DISTRIBUTIONS = ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton")
+from qtuning_kernels.demo import assets
+from qtuning_kernels.kernels import dispatch
+from qtuning_kernels.run_record.writer import DISTRIBUTIONS, installed_versions
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -24,10 +22,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qtuning_kernels.models.matmul import time_products
 
+    versions = installed_versions()
     print("versions")
-    print(f"  {'python':<16} {platform.python_version()} on {platform.platform()}")
-    for name in _DISTRIBUTIONS:
-        print(f"  {name:<16} {_version(name)}")
+    print(f"  {'python':<16} {versions['python']} on {versions['platform']}")
+    for name in DISTRIBUTIONS:
+        print(f"  {name:<16} {versions.get(name, 'not installed')}")
     print("devices")
     print(f"  {'cpu':<16} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
@@ -35,39 +34,30 @@ def run(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         print(f"  {'cuda':<16} not available in this process")
     print("backends")
-    for name in ops.BACKENDS:
-        print(f"  {name:<16} {ops.unavailable_reason(name) or 'available'}")
+    for name in dispatch.BACKENDS:
+        print(f"  {name:<16} {dispatch.unavailable_reason(name) or 'available'}")
     forced = os.environ.get("QTUNING_BACKEND")
     print(f"  {'QTUNING_BACKEND':<16} {forced or 'not set: the fastest one that is available'}")
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     for device in devices:
         print(f"  {f'{device} tensors':<16} {_serving(device)}")
-    for device, reason in ops.ORDER_REASON.items():
-        print(f"  {f'{device} order':<16} {', '.join(ops.default_order(device))}: {reason}")
+    for device, reason in dispatch.ORDER_REASON.items():
+        print(f"  {f'{device} order':<16} {', '.join(dispatch.default_order(device))}: {reason}")
     times = time_products([(192, 576), (1536, 576)], 512)  # of SmolLM2-135M
     print("products")
     for name, milliseconds in times.milliseconds.items():
         print(f"  {name:<16} {milliseconds:.1f} ms, error {times.error[name]:.1e}")
     print(f"  {'float32 by':<16} {times.matmul()}: the faster of those as exact as float32")
     print("embedded")
-    for asset in (fetch.MODEL, fetch.DATA):
-        place = fetch.asset_folder(asset) if fetch.is_fetched(asset) else "not fetched; run: qtuning fetch"
-        print(f"  {asset.name:<22} {place}")
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    for asset in (assets.MODEL, assets.DATA):
+        folder = assets.asset_folder(asset) if assets.is_fetched(asset) else "not fetched; run: qtuning fetch"
+        print(f"  {asset.name:<22} {folder}")
 
 
 def _serving(device: str) -> str:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason stands above
         try:
-            return f"served by {ops.backend(device)}"
-        except (ValueError, ops.BackendUnavailableError) as error:
+            return f"served by {dispatch.backend(device)}"
+        except (ValueError, dispatch.BackendUnavailableError) as error:
             return f"error: {error}"

@@ -1,16 +1,25 @@
-"""Options that several commands share, and what they stand for: a tokenizer, a model, records."""
+"""Options that several commands share: what they are called, and the settings that they make."""
 
 import argparse
-from collections.abc import Iterator
+import dataclasses
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.config import MATMULS, SCORE_DTYPES
-from qtuning_kernels.data.sources import reads_as_path
-from qtuning_kernels.demo import assets as fetch
+from qtuning_kernels.commands.inputs import load_data, load_model, load_tokenizer, model_source  # noqa: F401 - for benchmarks
+from qtuning_kernels.config import QTuningConfig, check_settings
 
-_EMBEDDED_SPLITS = ("train", "eval")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+TOKEN_PRUNING = ("token_ratio", "neighbor_weight", "token_mode", "token_order", "neighbor_reduction")
+SCORING = ("score_dtype", "matmul", "score_batch_tokens")
+_METAVARS = {int: "N", float: "X"}
+# fields of TrainingArguments that are no options: an object, a secret, and what Trainer does not read
+_NOT_OPTIONS = ("parallelism_config", "hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint")
 
 
 def positive(text: str) -> int:
@@ -54,246 +63,104 @@ def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = Fa
         "Both default to the embedded ones (qtuning fetch): SmolLM2-135M-Instruct and 512 word problems "
         "with planted flaws.",
     )
-    group.add_argument("--model", metavar="PATH|NAME", help="model folder, or its name on the Hugging Face hub")
-    group.add_argument(
-        "--data",
-        metavar="PATH|NAME",
-        help="JSON, JSON Lines or Parquet file, a folder of them, or a data set's name on the hub; records "
-        "in one of four shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + "
+    texts = {
+        "--model PATH|NAME": "model folder, or its name on the Hugging Face hub",
+        "--data PATH|NAME": "JSON, JSON Lines or Parquet file, a folder of them, or a data set's name on the hub; "
+        "records in one of four shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + "
         "input + output (Alpaca)",
-    )
-    group.add_argument("--data-split", metavar="NAME", help="split to take (default: train)")
-    group.add_argument("--data-config", metavar="NAME", help="configuration of a hub data set that has several")
-    group.add_argument(
-        "--prompt-field", metavar="COLUMN", help="column of the prompt, where the shape is none of these"
-    )
-    group.add_argument("--completion-field", metavar="COLUMN", help="column of the answer, likewise")
+        "--data-split NAME": "split to take (default: train)",
+        "--data-config NAME": "configuration of a hub data set that has several",
+        "--prompt-field COLUMN": "column of the prompt, where the shape is none of these",
+        "--completion-field COLUMN": "column of the answer, likewise",
+        "--tag-field COLUMN": "column whose values the summary counts by quadrant (default: planted, if there is one)",
+    }
+    for option, text in texts.items():
+        name, metavar = option.split()
+        group.add_argument(name, metavar=metavar, help=text)
     group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
     group.add_argument(
-        "--skip-without-answer",
-        action="store_true",
-        help="leave out records without an answer, and count them",
-    )
-    group.add_argument(
-        "--tag-field",
-        metavar="COLUMN",
-        help="column whose values the summary counts by quadrant (default: planted, where there is one)",
+        "--skip-without-answer", action="store_true", help="leave out records without an answer, and count them"
     )
 
 
-def add_sample_ratio(group: Any) -> None:
-    group.add_argument(
-        "--sample-ratio",
-        type=float,
-        default=0.125,
-        metavar="R",
-        help="share of the samples of a pool that is kept, in (0, 1] (default: 0.125)",
-    )
+def option_name(field: str) -> str:
+    """``sample_ratio`` as ``--sample-ratio``."""
+    return f"--{field.replace('_', '-')}"
 
 
-def add_token_pruning(group: Any) -> None:
-    group.add_argument(
-        "--token-ratio",
-        type=float,
-        default=0.5,
-        metavar="R",
-        help="share of the answer tokens that is kept in samples of quadrant 2, in (0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--neighbor-weight",
-        type=float,
-        default=0.5,
-        metavar="W",
-        help="how much a token's neighbours count in its score, in [0, 1] (default: 0.5)",
-    )
-    group.add_argument(
-        "--token-mode",
-        choices=("mask", "drop"),
-        default="mask",
-        help="take pruned tokens out of the loss (mask), or out of the sequence too (drop); default: mask",
-    )
+def argument_texts(cls: type) -> dict[str, str]:
+    """What the Args section of a class says of each argument, as argparse takes it."""
+    section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)[1:]
+    plain = (re.sub(r"`| \((decision|eq\.) \w+\)", "", " ".join(entry.split())) for entry in entries)
+    return dict(entry.replace("%", "%%").removesuffix(".").split(": ", 1) for entry in plain)
 
 
-def add_scoring(group: Any) -> None:
-    group.add_argument(
-        "--score-dtype",
-        choices=SCORE_DTYPES,
-        default="auto",
-        help="precision of the scoring pass; auto takes bfloat16 where it measures faster (CPU)",
-    )
-    group.add_argument(
-        "--matmul",
-        choices=MATMULS,
-        default="auto",
-        help="who multiplies float32 matrices on a CPU: as PyTorch is set (default), oneDNN, or the faster (auto)",
-    )
-    group.add_argument(
-        "--score-batch-tokens",
-        type=positive,
-        default=8192,
-        metavar="N",
-        help="most tokens in one forward of the scoring pass (default: 8192)",
-    )
+def add_settings(group: Any, names: Iterable[str]) -> None:
+    """Options of fields of `QTuningConfig`, which has their types, defaults, choices and help."""
+    fields = {field.name: field for field in dataclasses.fields(QTuningConfig)}
+    texts = argument_texts(QTuningConfig)
+    for name in names:
+        field = fields[name]
+        if field.type is bool:
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif field.type is str:
+            kind = {"choices": field.metadata["accepted"][0]}
+        else:
+            kind = {"type": field.type, "metavar": _METAVARS[field.type]}
+        text = f"{texts.get(name, '')} (default: {field.default})"
+        group.add_argument(option_name(name), default=field.default, help=text, **kind)
 
 
-def model_source(arguments: argparse.Namespace) -> str:
-    """The model that is asked for: a folder that exists, or a hub name.
+def qtuning_config(arguments: argparse.Namespace) -> QTuningConfig:
+    """The settings that the options make; a field without an option has its default.
 
     Raises:
-        FileNotFoundError: no such folder, or the embedded model is not fetched.
+        ValueError: a value that `QTuningConfig` does not accept; the message names the option.
     """
-    if arguments.model is None:
-        if not fetch.is_fetched(fetch.MODEL):
-            raise FileNotFoundError("the embedded model is not here yet; run: qtuning fetch (or give --model)")
-        return str(fetch.asset_folder(fetch.MODEL))
-    path = Path(arguments.model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists() or reads_as_path(arguments.model):
-        raise FileNotFoundError(f"model {arguments.model!r}: no such folder")
-    return arguments.model
+    values = _given(arguments, QTuningConfig)
+    check_settings(values, option_name)
+    return QTuningConfig(**values)
 
 
-def data_source(arguments: argparse.Namespace) -> tuple[str, str | None, str | None]:
-    """(data, prompt field, completion field) that are asked for.
+def add_training_arguments(parser: argparse.ArgumentParser, *, shown: bool) -> None:
+    """Options of the fields of `transformers.TrainingArguments` that have none yet, by their own names."""
+    from transformers import TrainingArguments
 
-    Raises:
-        FileNotFoundError: the embedded data is not fetched.
-        ValueError: the data is given twice, or has no such split.
-    """
-    positional, split = getattr(arguments, "dataset", None), arguments.data_split
-    if positional is not None and arguments.data is not None:
-        raise ValueError(f"data is given twice: {positional!r} and --data {arguments.data!r}")
-    data = arguments.data if positional is None else positional
-    if data is not None:
-        if split is not None and Path(data).expanduser().is_file():
-            raise ValueError(f"--data-split {split!r}: {data} is one file, which has no splits")
-        return data, arguments.prompt_field, arguments.completion_field
-    if split not in (None, *_EMBEDDED_SPLITS):
-        raise ValueError(f"--data-split {split!r}: the embedded data has {', '.join(_EMBEDDED_SPLITS)}")
-    if not fetch.is_fetched(fetch.DATA):
-        raise FileNotFoundError("the embedded data is not here yet; run: qtuning fetch (or give --data)")
-    file = fetch.asset_folder(fetch.DATA) / f"{split or 'train'}.jsonl"
-    return str(file), arguments.prompt_field or "question", arguments.completion_field or "answer"
+    group = parser.add_argument_group("all other fields of transformers.TrainingArguments")
+    hints = typing.get_type_hints(TrainingArguments)
+    for field in dataclasses.fields(TrainingArguments):
+        option = option_name(field.name)
+        if field.name in _NOT_OPTIONS or option in parser._option_string_actions:
+            continue
+        kind = _kind(hints[field.name])
+        if "choices" in field.metadata:
+            kind["choices"] = list(field.metadata["choices"])
+        text = field.metadata.get("help", "") if shown else argparse.SUPPRESS
+        group.add_argument(option, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The model's tokenizer, with a padding token.
-
-    Raises:
-        ValueError: the folder holds none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        raise ValueError(f"model {source!r}: the folder holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # whatever a tokenizer's own code, its files or the network raise
-        raise ValueError(f"model {source!r}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def _kind(hint: Any) -> dict[str, Any]:
+    """How argparse takes a value of this type: a choice, text, a flag, a number, else JSON."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return {"metavar": "NAME", "choices": [member.value for member in kind]}
+    if str in kinds:  # of dict | str, TrainingArguments reads the text as JSON
+        return {"metavar": "TEXT"}
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    number = next((kind for kind in _METAVARS if kind in kinds), None)
+    return {"type": number, "metavar": _METAVARS[number]} if number else {"type": json.loads, "metavar": "JSON"}
 
 
-def load_model(source: str) -> Any:
-    """The model with float32 weights.
+def training_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `transformers.TrainingArguments` that the options give under the same name."""
+    from transformers import TrainingArguments
 
-    Raises:
-        ValueError: it cannot be loaded, or weights are missing.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        result: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # whatever a model's own code, its files or the network raise
-        raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
-    model, loaded = result
-    if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
-        raise ValueError(f"model {source!r}: {len(missing)} weights are not in its files, the first {missing[0]!r}")
-    return model
+    return _given(arguments, TrainingArguments)
 
 
-def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """(records, samples, report) of the data that is asked for."""
-    from qtuning_kernels.data.sources import read_records
-    from qtuning_kernels.data.tokenization import tokenize_records
-
-    data, prompt_field, completion_field = data_source(arguments)
-    records = read_records(data, split=arguments.data_split or "train", config=arguments.data_config)
-    samples, report = tokenize_records(
-        records,
-        tokenizer,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        cutoff=arguments.cutoff,
-        skip_without_answer=arguments.skip_without_answer,
-    )
-    return records, samples, report
-
-
-def _shape(arguments: argparse.Namespace, records: Any) -> Any:
-    from qtuning_kernels.data.conversations import detect_shape
-
-    _, prompt_field, completion_field = data_source(arguments)
-    return detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
-
-
-def answer_column(arguments: argparse.Namespace, records: Any) -> str:
-    """The column that holds the answers."""
-    return _shape(arguments, records).columns[-1]
-
-
-def texts(arguments: argparse.Namespace, records: Any, samples: Any) -> Iterator[dict[str, Any]]:
-    """``id``, ``prompt`` and ``answer`` of each sample, for people to read."""
-    to_messages = _shape(arguments, records).to_messages
-    for sample_id in samples["sample_id"][:]:
-        contents = [message.get("content") or "" for message in to_messages(records.rows[sample_id])]
-        yield {"id": sample_id, "prompt": "\n".join(contents[:-1]), "answer": contents[-1]}
-
-
-def text_limit(samples: Any) -> int:
-    """Characters of a text that a record keeps, so that those of all samples stay within 200 MB."""
-    from qtuning_kernels.run_record.writer import TEXT_LIMIT
-
-    return max(100, min(TEXT_LIMIT, 200_000_000 // (2 * len(samples))))
-
-
-def tags(arguments: argparse.Namespace, records: Any) -> list[str] | None:
-    """One tag per record, or None where there is no such column.
-
-    Raises:
-        ValueError: ``--tag-field`` names a column that is not there.
-    """
-    name = arguments.tag_field or "planted"
-    if name in records.columns:
-        return ["" if value is None else str(value) for value in records.column(name)]
-    if arguments.tag_field:
-        raise ValueError(f"--tag-field {name!r} is not a column; columns found: {', '.join(records.columns)}")
-    return None
-
-
-def check_vocabulary(samples: Any, model: Any) -> None:
-    """Raise `ValueError` for a token that the model has no embedding for."""
-    import pyarrow.compute as pc
-
-    size = model.get_input_embeddings().weight.shape[0]
-    largest = pc.max(pc.list_flatten(samples.data.column("input_ids"))).as_py()
-    if largest >= size:
-        raise ValueError(f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together")
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own progress and errors."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(cls))
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}

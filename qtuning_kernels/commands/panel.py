@@ -14,14 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.text import Text
 from transformers import TrainerCallback
 
-_QUADRANTS = {
-    "q1": "Q1 harmful noise",
-    "q2": "Q2 misconception",
-    "q3": "Q3 redundant",
-    "q4": "Q4 calibration",
-    "q0": "middle",
-}
-_PHASES = ("data", "score", "select", "compact", "train", "optimizer")
+from qtuning_kernels.run_record.schema import PHASES, QUADRANT_LABELS, QUADRANTS
+
 _LINES = 20  # printed over a run where there is no terminal
 
 
@@ -65,14 +59,7 @@ class RunPanel(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         self._logs = {
@@ -102,14 +89,12 @@ class RunPanel(TrainerCallback):
     def line(self, state: Any) -> str:
         """The figures of the last log as one line of text."""
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        if not math.isnan(loss := self._number("loss")):
-            parts.append(f"loss {loss:.4f}")
-        if not math.isnan(speed := self._number("tokens_per_second")):
-            parts.append(f"{speed:,.0f} tokens/s")
-        if not math.isnan(kept := self._number("kept_tokens")):
-            parts.append(f"{kept:,.0f} tokens kept")
+        forms = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "kept_tokens": "{:,.0f} tokens kept"}
+        numbers = {name: self._number(name) for name in forms}
+        parts += [forms[name].format(value) for name, value in numbers.items() if not math.isnan(value)]
         if "q1" in self._logs:
-            parts.append(" ".join(f"{q.upper()} {self._number(q):.0%}" for q in ("q1", "q2", "q3", "q4")))
+            shares = (f"{label} {self._number(f'q{q}'):.0%}" for q, label in QUADRANT_LABELS.items() if q)
+            parts.append(" ".join(shares))
         if split := self._time_split():
             parts.append(" ".join(f"{phase} {share:.0%}" for phase, share in split.items() if share >= 0.005))
         first, began = self._began_at
@@ -121,16 +106,17 @@ class RunPanel(TrainerCallback):
 
     def render(self) -> RenderableType:
         """The panel as it now is."""
-        figures = _wrapped(
-            f"[bold]loss[/] {_text(self._number('loss'), '.4f')}",
-            f"[bold]tokens/s[/] {_text(self._number('tokens_per_second'), ',.0f')}",
-            f"[bold]samples kept[/] {_text(self._number('kept_samples'), ',.1f')}",
-            f"[bold]tokens kept[/] {_text(self._number('kept_tokens'), ',.0f')}",
-            f"[bold]supplemented[/] {_text(self._number('supplemented'), '.1f')}",
-        )
-        parts: list[RenderableType] = [figures]
+        figures = {
+            "loss": ("loss", ".4f"),
+            "tokens/s": ("tokens_per_second", ",.0f"),
+            "samples kept": ("kept_samples", ",.1f"),
+            "tokens kept": ("kept_tokens", ",.0f"),
+            "supplemented": ("supplemented", ".1f"),
+        }
+        cells = (f"[bold]{title}[/] {_text(self._number(name), form)}" for title, (name, form) in figures.items())
+        parts: list[RenderableType] = [_wrapped(*cells)]
         if "q1" in self._logs:
-            parts.append(_shares("quadrants", {n: self._number(q) for q, n in _QUADRANTS.items()}))
+            parts.append(_shares("quadrants", {name: self._number(f"q{q}") for q, name in QUADRANTS.items()}))
         if split := self._time_split():
             parts.append(_shares("time", split))
         if self._progress is not None:
@@ -141,7 +127,7 @@ class RunPanel(TrainerCallback):
         return self._logs.get(name, math.nan)
 
     def _time_split(self) -> dict[str, float]:
-        seconds = {phase: self._logs.get(f"seconds_{phase}", 0.0) for phase in _PHASES}
+        seconds = {phase: self._logs.get(f"seconds_{phase}", 0.0) for phase in PHASES}
         total = sum(seconds.values())
         return {phase: value / total for phase, value in seconds.items()} if total > 0 else {}
 

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import options
+from qtuning_kernels.commands.inputs import load_inputs
 from qtuning_kernels.commands.scored import score_data_set
-from qtuning_kernels.commands.tables import quadrant_table
+from qtuning_kernels.commands.terminal import log, quadrant_table
+from qtuning_kernels.config import QTuningConfig
+from qtuning_kernels.files import write_atomic
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -25,45 +28,40 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--output", type=Path, default=Path("plane.parquet"), metavar="FILE", help="default: plane.parquet"
     )
     group = parser.add_argument_group("selection and computation")
-    options.add_sample_ratio(group)
-    options.add_scoring(group)
+    options.add_settings(group, ("sample_ratio", "triage_method", *options.SCORING))
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import pyarrow.parquet as pq
     from rich.console import Console
 
-    options.quiet_libraries()
     console = Console()
-    source = options.model_source(arguments)
-    records, samples, report = options.load_data(arguments, options.load_tokenizer(source))
-    tags = options.tags(arguments, records)
-    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
-    model = options.load_model(source)
-    options.check_vocabulary(samples, model)
-    table = score_table(model, samples, arguments, console)
-    if tags is not None:
-        name = arguments.tag_field or "planted"
-        table = table.append_column(name, [[tags[i] for i in table["sample_id"].to_pylist()]])
-    limit = options.text_limit(samples)
-    texts = list(options.texts(arguments, records, samples))
+    config = options.qtuning_config(arguments)
+    inputs = load_inputs(arguments, console, output=arguments.output)
+    table = score_table(inputs.model, inputs.samples, config, console)
+    quadrants, kept = table["quadrant"].to_pylist(), [role > 0 for role in table["role"].to_pylist()]
+    tags = None
+    if inputs.tags is not None:
+        tags = [inputs.tags[i] for i in table["sample_id"].to_pylist()]
+        table = table.append_column(inputs.tag_field, [tags])
+    limit, texts = inputs.text_limit(), list(inputs.texts())
     for name in ("prompt", "answer"):
         table = table.append_column(name, [[text[name][:limit] for text in texts]])
-    _write(table, arguments.output)
-    rows = table.drop_columns(["prompt", "answer"]).to_pylist()
-    groups = None if tags is None else [tags[row["sample_id"]] for row in rows]
-    console.print(quadrant_table([row["quadrant"] for row in rows], [row["role"] > 0 for row in rows], groups))
-    console.print(f"{len(rows)} samples in {arguments.output}", highlight=False, soft_wrap=True)
+    with write_atomic(arguments.output) as temporary:
+        pq.write_table(table, temporary)
+    console.print(quadrant_table(quadrants, kept, tags))
+    log(console, f"{len(kept)} samples in {arguments.output}")
 
 
-def score_table(model: Any, samples: Any, arguments: argparse.Namespace, console: Any) -> Any:
+def score_table(model: Any, samples: Any, config: QTuningConfig, console: Any) -> Any:
     """The plane as a `pyarrow.Table`, in the order of `samples`."""
     import pyarrow as pa
 
     from qtuning_kernels import eu_plane, triage_samples
 
-    ppl, entropy, num_tokens = eu_plane(*score_data_set(model, samples, arguments, console))
-    triage = triage_samples(ppl, entropy, arguments.sample_ratio)
+    ppl, entropy, num_tokens = eu_plane(*score_data_set(model, samples, config, console))
+    triage = triage_samples(ppl, entropy, config.sample_ratio, method=config.triage_method)
     return pa.table(
         {
             "sample_id": pa.array(samples["sample_id"][:], pa.int64()),
@@ -74,12 +72,3 @@ def score_table(model: Any, samples: Any, arguments: argparse.Namespace, console
             "role": triage.role.numpy(),
         }
     )
-
-
-def _write(table: Any, path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)

@@ -1,12 +1,14 @@
 """The scoring pass over a whole data set, with a progress bar; `score` and `select` start from it."""
 
-import argparse
 from typing import Any
+
+from qtuning_kernels.commands.terminal import log
+from qtuning_kernels.config import QTuningConfig
 
 _CHUNK = 64  # samples between two updates of the progress bar
 
 
-def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, console: Any) -> Any:
+def score_data_set(model: Any, samples: Any, config: QTuningConfig, console: Any) -> Any:
     """`scoring.Scores` of all samples, in their order, on the CPU."""
     import torch
     from rich.progress import track
@@ -19,9 +21,9 @@ def score_data_set(model: Any, samples: Any, arguments: argparse.Namespace, cons
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
     causal_lm = CausalLM(model)
-    precision = choose_precision(causal_lm.base, matmul=arguments.matmul, score_dtype=arguments.score_dtype)
-    console.print(str(precision), highlight=False)
-    scorer = Scorer(model, causal_lm, precision, batch_tokens=arguments.score_batch_tokens)
+    precision = choose_precision(causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype)
+    log(console, precision)
+    scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens)
     # samples of about one length together, so that little of a batch is padding
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
     chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import options
+from qtuning_kernels.commands.inputs import Inputs, load_inputs
 from qtuning_kernels.commands.scored import score_data_set
-from qtuning_kernels.commands.tables import quadrant_table
+from qtuning_kernels.commands.terminal import log, quadrant_table
+from qtuning_kernels.data.conversations import ASSISTANT_NAMES
+from qtuning_kernels.files import write_atomic
 
 FORMS = ("records", "text", "tokens")
 
@@ -36,99 +39,67 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--token-mode applied",
     )
     group = parser.add_argument_group("selection and computation")
-    options.add_sample_ratio(group)
-    options.add_token_pruning(group)
-    options.add_scoring(group)
+    options.add_settings(group, ("sample_ratio", "triage_method", *options.TOKEN_PRUNING, *options.SCORING))
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qtuning_kernels import QTuningConfig
     from qtuning_kernels.training.selection import select
 
-    options.quiet_libraries()
     console = Console()
-    config = QTuningConfig(
-        sample_ratio=arguments.sample_ratio,
-        token_ratio=arguments.token_ratio,
-        neighbor_weight=arguments.neighbor_weight,
-        token_mode=arguments.token_mode,
-    )
-    source = options.model_source(arguments)
-    tokenizer = options.load_tokenizer(source)
-    records, samples, report = options.load_data(arguments, tokenizer)
-    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
-    model = options.load_model(source)
-    options.check_vocabulary(samples, model)
-    selection = select(score_data_set(model, samples, arguments, console), config)
-
+    config = options.qtuning_config(arguments)
+    inputs = load_inputs(arguments, console, output=arguments.output)
+    selection = select(score_data_set(inputs.model, inputs.samples, config, console), config)
+    kept = selection.triage.keep.nonzero().flatten().tolist()
+    seen, trained = len(selection.token_mask), int(selection.token_mask.sum())
     if arguments.write == "tokens":
-        rows = _token_rows(samples, selection, config.token_mode)
+        rows = _token_rows(inputs.samples, selection, kept, config.token_mode)
     elif arguments.write == "text":
-        rows = _text_rows(records, samples, selection, tokenizer, options.answer_column(arguments, records), console)
+        rows = _text_rows(inputs, selection, kept, console)
     else:
-        rows = (_record(records, samples, index) for index in _kept(selection))
-    written = _write(rows, arguments.output)
+        rows = (_record(inputs, index) for index in kept)
+        trained = int(selection.cu_seqlens.diff()[selection.triage.keep].sum())
+    _write(rows, arguments.output)
     console.print(quadrant_table(selection.triage.quadrant.tolist(), selection.triage.keep.tolist()))
-    seen, kept = len(selection.token_mask), int(selection.token_mask.sum())
-    if arguments.write == "records":
-        lengths = selection.cu_seqlens.diff()
-        kept = int(lengths[selection.triage.keep].sum())
-    console.print(
-        f"{written} of {len(samples)} samples, {kept} of {seen} answer tokens in {arguments.output}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    samples = f"{len(kept)} of {len(inputs.samples)} samples"
+    log(console, f"{samples}, {trained} of {seen} answer tokens in {arguments.output}")
 
 
-def _kept(selection: Any) -> list[int]:
-    return selection.triage.keep.nonzero().flatten().tolist()
+def _record(inputs: Inputs, index: int) -> dict[str, Any]:
+    return dict(inputs.records.rows[inputs.samples[index]["sample_id"]])
 
 
-def _record(records: Any, samples: Any, index: int) -> dict[str, Any]:
-    return dict(records.rows[samples[index]["sample_id"]])
-
-
-def _token_rows(samples: Any, selection: Any, token_mode: str) -> Iterable[dict[str, Any]]:
+def _token_rows(samples: Any, selection: Any, kept: list[int], token_mode: str) -> Iterable[dict[str, Any]]:
     """Tokenised samples, labels −100 where nothing is trained."""
     from qtuning_kernels.data.samples import to_sample
     from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
-    for index in _kept(selection):
+    for index in kept:
         row = samples[index]
         sample = to_sample(row["input_ids"], row["labels"], row["sample_id"])
         prune = sample.dropped if token_mode == "drop" else sample.masked
         pruned = prune(selection.keep_of(index))
-        labels = [IGNORE_INDEX] * len(pruned.input_ids)
-        for position, label in zip(pruned.label_positions.tolist(), pruned.labels.tolist(), strict=True):
-            labels[position] = label
-        yield {"sample_id": row["sample_id"], "input_ids": pruned.input_ids.tolist(), "labels": labels}
+        labels = pruned.input_ids.new_full(pruned.input_ids.shape, IGNORE_INDEX)
+        labels[pruned.label_positions] = pruned.labels
+        yield {"sample_id": row["sample_id"], "input_ids": pruned.input_ids.tolist(), "labels": labels.tolist()}
 
 
-def _text_rows(
-    records: Any, samples: Any, selection: Any, tokenizer: Any, column: str, console: Any
-) -> Iterable[dict[str, Any]]:
+def _text_rows(inputs: Inputs, selection: Any, kept: list[int], console: Any) -> Iterable[dict[str, Any]]:
     """The kept records; those of quadrant 2 with answers of their kept tokens alone."""
-    whole = 0
-    for index in _kept(selection):
-        record = _record(records, samples, index)
+    column, whole = inputs.shape.columns[-1], 0
+    for index in kept:
+        record = _record(inputs, index)
         if int(selection.triage.role[index]) == 2:
-            answers = _kept_answers(samples[index], selection.keep_of(index), tokenizer)
+            answers = _kept_answers(inputs.samples[index], selection.keep_of(index), inputs.tokenizer)
             pruned = with_answers(record[column], answers)
-            if pruned is None:
-                whole += 1
-            else:
-                record[column] = pruned
+            whole += pruned is None
+            record[column] = record[column] if pruned is None else pruned
         yield record
     if whole:
-        console.print(
-            f"{whole} records of quadrant 2 are written whole: an answer would be empty, calls a tool, or "
-            "was lost to --cutoff",
-            highlight=False,
-            soft_wrap=True,
-        )
+        reason = "an answer would be empty, calls a tool, or was lost to --cutoff"
+        log(console, f"{whole} records of quadrant 2 are written whole: {reason}")
 
 
 def _kept_answers(row: dict[str, Any], keep: Any, tokenizer: Any) -> list[str]:
@@ -160,7 +131,7 @@ def with_answers(value: Any, answers: list[str]) -> Any:
     replaced = iter(answers)
     for turn in turns:
         text = "value" if "from" in turn else "content"
-        if turn.get("role", turn.get("from")) in _ANSWERING:
+        if turn.get("role", turn.get("from")) in ASSISTANT_NAMES:
             answer = next(replaced, None)
             if answer is None or not isinstance(turn.get(text), str) or turn.get("tool_calls"):
                 return None
@@ -168,17 +139,7 @@ def with_answers(value: Any, answers: list[str]) -> Any:
     return turns if next(replaced, None) is None else None
 
 
-_ANSWERING = frozenset({"assistant", "gpt", "chatgpt", "model", "bot"})
-
-
-def _write(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """One JSON object per line, under a temporary name first; returns how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    count = 0
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-            count += 1
-    temporary.replace(path)
-    return count
+def _write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """One JSON object per line."""
+    with write_atomic(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
-from qtuning_kernels.commands.tables import QUADRANTS, quadrant_table
+from qtuning_kernels.commands.inputs import load_inputs
+from qtuning_kernels.commands.terminal import log, quadrant_table
+from qtuning_kernels.files import write_atomic
+from qtuning_kernels.run_record.schema import QUADRANT_LABELS
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
@@ -24,16 +27,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog="example: qtuning train --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
         "--prompt-field question --completion-field answer --output runs/mine",
     )
+    parser.add_argument(
+        "--help-all",
+        action="help",
+        help="show this, and the options of all other fields of transformers.TrainingArguments: "
+        "--weight-decay, --gradient-checkpointing, …",
+    )
     options.add_config(parser)
     options.add_model_and_data(parser)
 
     group = parser.add_argument_group("pruning")
-    options.add_sample_ratio(group)
-    options.add_token_pruning(group)
+    options.add_settings(group, ("sample_ratio", "triage_method", *options.TOKEN_PRUNING))
+    options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
     group.add_argument(
         "--batch-size",
+        "--per-device-train-batch-size",
         type=options.positive,
         default=16,
         metavar="N",
@@ -41,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--gradient-accumulation",
+        "--gradient-accumulation-steps",
         type=options.positive,
         default=1,
         metavar="N",
@@ -48,6 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--epochs",
+        "--num-train-epochs",
         type=options.positive_float,
         default=1.0,
         metavar="N",
@@ -71,18 +83,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
     group = parser.add_argument_group("computation")
     group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
-    group.add_argument(
-        "--micro-batch-tokens",
-        type=options.positive,
-        default=4096,
-        metavar="N",
-        help="most tokens in one training forward and backward (default: 4096)",
-    )
-    options.add_scoring(group)
+    options.add_settings(group, ("micro_batch_tokens", *options.SCORING))
 
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="new or empty folder (default: runs/ and the time)"
+        "--output",
+        "--output-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="new or empty folder (default: runs/ and the time)",
     )
     group.add_argument(
         "--save-steps",
@@ -96,6 +105,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         action="store_true",
         help="go on from the newest checkpoint in --output, with that run's options, to the same result",
     )
+    options.add_settings(group, ("record", "record_tokens"))
     group.add_argument(
         "--report-to",
         default="none",
@@ -109,40 +119,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qtuning_kernels import QTuningConfig
     from qtuning_kernels.commands.panel import RunPanel
     from qtuning_kernels.run_record.writer import write_texts
 
-    options.quiet_libraries()
     console = Console()
-    qtuning = QTuningConfig(
-        sample_ratio=arguments.sample_ratio,
-        token_ratio=arguments.token_ratio,
-        neighbor_weight=arguments.neighbor_weight,
-        token_mode=arguments.token_mode,
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        score_batch_tokens=arguments.score_batch_tokens,
-        score_dtype=arguments.score_dtype,
-        matmul=arguments.matmul,
-    )
+    qtuning = options.qtuning_config(arguments)
+    if arguments.report and not qtuning.record:
+        raise ValueError("--report draws the record of the run; accepted: without --no-record")
     output = arguments.output or Path("runs") / time.strftime("qtuning-%Y%m%d-%H%M%S")
     checkpoint = checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None)
-    source = options.model_source(arguments)
-    tokenizer = options.load_tokenizer(source)
-    records, samples, report = options.load_data(arguments, tokenizer)
-    tags = options.tags(arguments, records)
-    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
-    model = options.load_model(source)
-    options.check_vocabulary(samples, model)
+    training = _training_arguments(arguments, output)
+    inputs = load_inputs(arguments, console)
     if arguments.lora_rank:
-        model = _with_lora(model, arguments.lora_rank, arguments.seed)
+        inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
     if arguments.resume:
-        console.print(f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}", highlight=False)
+        log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
 
-    checkpoints.write_atomic(output / OPTIONS_FILE, _options(arguments))
-    texts = options.texts(arguments, records, samples)
-    write_texts(output / "record", texts, limit=options.text_limit(samples))
-    trainer = _trainer(arguments, output, model, tokenizer, samples, qtuning)
+    _write_json(output / OPTIONS_FILE, _options(arguments))
+    if qtuning.record:
+        write_texts(output / "record", inputs.texts(), limit=inputs.text_limit())
+    trainer = _trainer(training, inputs, qtuning)
     panel = RunPanel(console)
     trainer.add_callback(panel)
     started = time.perf_counter()
@@ -151,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         panel.close()
     seconds = time.perf_counter() - started
-    final = checkpoints.save_final(trainer, tokenizer, output)
+    final = checkpoints.save_final(trainer, inputs.tokenizer, output)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     summary = trainer.qtuning_summary() | {
         "loss_first_steps": _mean(losses[:_LOSS_STEPS]),
@@ -159,20 +155,25 @@ def run(arguments: argparse.Namespace) -> None:
         "wall_seconds": seconds,
         "checkpoint": str(final),
     }
-    checkpoints.write_atomic(output / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
-    _print_summary(console, summary, output, tags)
+    _write_json(output / "summary.json", summary)
+    _print_summary(console, summary, output, inputs.tags)
     if arguments.report:
         from qtuning_kernels.report import build_report
 
-        console.print(f"report in {build_report(output)}", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"draw the run with: qtuning report {output}", highlight=False, soft_wrap=True)
+        log(console, f"report in {build_report(output)}")
+    elif qtuning.record:
+        log(console, f"draw the run with: qtuning report {output}")
 
 
-def _options(arguments: argparse.Namespace) -> str:
-    """The options as a configuration file."""
-    passing = ("command", "run", "config", "debug", "resume", "output")
-    return json.dumps({k: v for k, v in vars(arguments).items() if k not in passing}, indent=2) + "\n"
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with write_atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as a configuration file has them."""
+    passing = ("command", "run", "config", "traceback", "resume", "output")
+    return {name: value for name, value in vars(arguments).items() if name not in passing}
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:
@@ -187,42 +188,42 @@ def _with_lora(model: Any, rank: int, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _trainer(
-    arguments: argparse.Namespace,
-    output: Path,
-    model: Any,
-    tokenizer: Any,
-    samples: Any,
-    qtuning: Any,
-) -> Any:
+def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     import torch
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import TrainingArguments
+
+    defaults = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,  # sample_id is no argument of the model
+    }
+    renamed = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "num_train_epochs": arguments.epochs,
+        "max_steps": arguments.max_steps or -1,
+        "learning_rate": arguments.learning_rate or (_LORA_RATE if arguments.lora_rank else _FULL_RATE),
+    }
+    return TrainingArguments(**defaults | options.training_arguments(arguments) | renamed)
+
+
+def _trainer(training: Any, inputs: Any, qtuning: Any) -> Any:
+    from transformers import PrinterCallback
 
     from qtuning_kernels import QTuningTrainer
 
-    default_rate = _LORA_RATE if arguments.lora_rank else _FULL_RATE
-    training = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation,
-        num_train_epochs=arguments.epochs,
-        max_steps=arguments.max_steps or -1,
-        learning_rate=arguments.learning_rate or default_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
-        seed=arguments.seed,
-        bf16=arguments.bf16,
-        save_strategy="steps",
-        save_steps=arguments.save_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to=arguments.report_to,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # sample_id is no argument of the model
-    )
     trainer = QTuningTrainer(
-        model=model, args=training, train_dataset=samples, processing_class=tokenizer, qtuning=qtuning
+        model=inputs.model,
+        args=training,
+        train_dataset=inputs.samples,
+        processing_class=inputs.tokenizer,
+        qtuning=qtuning,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -241,7 +242,7 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
     def number(value: float | None) -> str:
         return "none" if value is None else f"{value:.4f}"
 
-    kept = {QUADRANTS[int(quadrant)]: n for quadrant, n in summary["kept_by_quadrant"].items() if n}
+    kept = {QUADRANT_LABELS[int(quadrant)]: n for quadrant, n in summary["kept_by_quadrant"].items() if n}
     by_quadrant = ", ".join(f"{name} {n}" for name, n in kept.items()) or "none"
     table = Table(show_header=False, box=None)
     rows = {
@@ -262,21 +263,11 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
     record = output / "record" / "samples.jsonl"
     if tags is not None and record.exists():
         with record.open(encoding="utf-8") as lines:
-            # a run that keeps everything scores nothing, and its samples stand in no quadrant
+            # a run that keeps everything scores nothing, and its samples are in no quadrant
             seen = [row for row in map(json.loads, lines) if row.get("quadrant") is not None]
-        console.print(
-            quadrant_table(
-                [row["quadrant"] for row in seen],
-                [row["keep"] for row in seen],
-                [tags[row["id"]] for row in seen],
-            )
-        )
+        groups = [tags[row["id"]] for row in seen]
+        console.print(quadrant_table([row["quadrant"] for row in seen], [row["keep"] for row in seen], groups))
     checkpoint = summary["checkpoint"]
-    console.print(
-        f"model in {checkpoint}; load it with\n"
-        f"  AutoModelForCausalLM.from_pretrained({checkpoint!r})\n"
-        f"  AutoTokenizer.from_pretrained({checkpoint!r})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    log(console, f"model in {checkpoint}; load it with")
+    for loader in ("AutoModelForCausalLM", "AutoTokenizer"):
+        log(console, f"  {loader}.from_pretrained({checkpoint!r})")

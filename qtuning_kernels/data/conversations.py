@@ -30,6 +30,8 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+# what an answer's turn is said to be of, in any shape
+ASSISTANT_NAMES = frozenset(name for name, role in _SHAREGPT_ROLES.items() if role == "assistant")
 _MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

@@ -178,11 +178,11 @@ def _load_parquet(files: list[Path], source: str) -> Dataset:
         try:
             tables.append(pyarrow.parquet.read_table(file, memory_map=True))
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a readable Parquet file: {_first_line(error)}") from None
+            raise DataError(f"{file}: not a readable Parquet file: {first_line(error)}") from None
     try:
         return Dataset(pyarrow.concat_tables(tables, promote_options="default"))
     except pyarrow.ArrowException as error:
-        raise DataError(f"{source}: its Parquet files disagree on columns: {_first_line(error)}") from None
+        raise DataError(f"{source}: its Parquet files disagree on columns: {first_line(error)}") from None
 
 
 def _load_hub(name: str, split: str, config: str | None) -> Dataset:
@@ -190,8 +190,7 @@ def _load_hub(name: str, split: str, config: str | None) -> Dataset:
         return load_dataset(name, config, split=split)
     except Exception as error:  # a dozen exception types, from the network to the data set's own script
         raise DataError(
-            f"data {name!r}: neither a file or folder here nor a data set that the hub could serve: "
-            f"{_first_line(error)}"
+            f"data {name!r}: neither a file or folder here nor a data set that the hub could serve: {first_line(error)}"
         ) from error
 
 
@@ -199,5 +198,6 @@ def _from_dataset(dataset: Dataset, source: str) -> Records:
     return Records(source, dataset.column_names, dataset)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, without the rest."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,13 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from qtuning_kernels.report.plane import Frame
-from qtuning_kernels.report.summary import PHASES, QUADRANTS, Number, truth
+from qtuning_kernels.report.plane import DENSE, Frame
+from qtuning_kernels.report.summary import Number, truth
+from qtuning_kernels.run_record.schema import PHASES, QUADRANT_LABELS, QUADRANTS
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness
 COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
 PHASE_COLOURS = dict(zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
-_DENSE = 5000  # points of a frame, above which they are smaller and more transparent
 _LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
 
 
@@ -49,34 +50,24 @@ def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
     Each point carries its number in the page's list of samples, its step, its kept and all tokens, its role
     and whether it was supplemented.
     """
-    # what was kept is drawn last and so on top, the middle first
-    combinations = [
-        (quadrant, keep)
-        for keep in (False, True)
-        for quadrant in (0, 3, 1, 2, 4)
-        if any(len(_of(frame.points, quadrant, keep)) for frame in frames)
-    ]
-    dense = any(len(frame.points) > _DENSE for frame in frames)
+    drawn = {group[:2] for frame in frames for group in frame.groups() if len(group[3])}
+    dense = any(len(frame.points) > DENSE for frame in frames)
     layout = _plane_layout(frames)
     figures = []
     for frame in frames:
-        traces = [_plane_trace(frame.points, *each, sample_number, dense) for each in combinations]
+        traces = [_plane_trace(*group, sample_number, dense) for group in frame.groups() if group[:2] in drawn]
         figures.append(go.Figure(traces, layout | {"shapes": list(_threshold_lines(frame.thresholds))}))
     return figures
 
 
-def _of(points: pd.DataFrame, quadrant: int, keep: bool) -> pd.DataFrame:
-    kept = truth(points.keep)
-    return points[(points.quadrant == quadrant) & (kept if keep else ~kept)]
-
-
-def _plane_trace(points: pd.DataFrame, quadrant: int, keep: bool, sample_number: dict, dense: bool) -> go.Scattergl:
-    points = _of(points, quadrant, keep)
+def _plane_trace(
+    quadrant: int, keep: bool, name: str, points: pd.DataFrame, sample_number: dict, dense: bool
+) -> go.Scattergl:
     numbers = points.id.map(sample_number).to_numpy(np.int32)
     counts = points[["step", "kept_tokens", "num_tokens", "role"]].fillna(-1).to_numpy(np.int32)
     supplemented = truth(points.supplemented).to_numpy(np.int32)
     return go.Scattergl(
-        name=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
+        name=name,
         x=points.ppl.to_numpy(np.float32),
         y=points.entropy.to_numpy(np.float32),
         customdata=np.column_stack([numbers, counts, supplemented]),
@@ -108,7 +99,7 @@ def _plane_layout(frames: list[Frame]) -> dict:
         "yaxis": {"title": {"text": "mean entropy (nats)"}, "range": y_range},
         "annotations": [
             {
-                "text": QUADRANTS[quadrant].split()[0],
+                "text": QUADRANT_LABELS[quadrant],
                 "xref": "paper",
                 "yref": "paper",
                 "x": x,
@@ -146,32 +137,11 @@ def _threshold_lines(thresholds: dict[str, float]) -> Iterable[dict]:
 def shares_figure(curves: pd.DataFrame) -> go.Figure:
     """Stacked shares of the quadrants, and the share of kept samples that were supplemented."""
     figure = go.Figure()
-    for quadrant, name in QUADRANTS.items():
-        figure.add_scatter(
-            x=curves.step.to_numpy(),
-            y=curves[f"q{quadrant}"].to_numpy(),
-            name=name,
-            stackgroup="quadrants",
-            mode="lines",
-            line={"width": 0, "color": COLOURS[quadrant]},
-            fillcolor=COLOURS[quadrant],
-            hovertemplate="%{y:.1%}",
-        )
-    figure.add_scatter(
-        x=curves.step.to_numpy(),
-        y=curves.supplemented.to_numpy(),
-        name="supplemented, of the kept",
-        mode="lines",
-        line={"width": 2, "dash": "dot"},  # in the theme's ink
-        hovertemplate="%{y:.1%}",
-    )
-    figure.update_layout(
-        xaxis_title="optimiser step",
-        yaxis={"title": {"text": "share of samples"}, "tickformat": ".0%", "range": [0, 1]},
-        hovermode="x unified",
-        height=420,
-    )
-    return _markers_if_short(figure, curves)
+    _add_stack(figure, curves, {f"q{q}": (name, COLOURS[q]) for q, name in QUADRANTS.items()}, "%{y:.1%}")
+    line = {"width": 2, "dash": "dot"}  # in the theme's ink
+    _add_line(figure, curves, "supplemented", "supplemented, of the kept", "%{y:.1%}", line=line)
+    axis = {"title": {"text": "share of samples"}, "tickformat": ".0%", "range": [0, 1]}
+    return _over_steps(figure, curves, height=420, yaxis=axis)
 
 
 def means_figure(curves: pd.DataFrame) -> go.Figure:
@@ -179,62 +149,45 @@ def means_figure(curves: pd.DataFrame) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for row, name in ((1, "ppl"), (2, "entropy")):
         for kind, colour, dash in (("mean", _LOSS_COLOUR, "solid"), ("median", _MEDIAN_COLOUR, "dash")):
-            figure.add_scatter(
-                x=curves.step.to_numpy(),
-                y=curves[f"{name}_{kind}"].to_numpy(),
-                name=kind,
-                legendgroup=kind,
-                showlegend=row == 1,
-                mode="lines",
-                line={"width": 2, "color": colour, "dash": dash},
-                hovertemplate=f"{kind} %{{y:.4g}}",
-                row=row,
-                col=1,
-            )
+            place = {"row": row, "col": 1, "legendgroup": kind, "showlegend": row == 1}
+            line = {"width": 2, "color": colour, "dash": dash}
+            _add_line(figure, curves, f"{name}_{kind}", kind, f"{kind} %{{y:.4g}}", line=line, **place)
     figure.update_yaxes(title_text="perplexity (log)", type="log", row=1, col=1)
     figure.update_yaxes(title_text="entropy (nats)", row=2, col=1)
     figure.update_xaxes(title_text="optimiser step", row=2, col=1)
-    figure.update_layout(hovermode="x unified", height=480)
-    return _markers_if_short(_without_template(figure), curves)
+    return _over_steps(_without_template(figure), curves, height=480, xaxis_title=None)
 
 
 def loss_figure(curves: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
-    figure.add_scatter(
-        x=curves.step.to_numpy(),
-        y=curves.loss.to_numpy(),
-        name="loss",
-        mode="lines",
-        line={"width": 2, "color": _LOSS_COLOUR},
-        hovertemplate="%{y:.4g} nats",
-    )
-    figure.update_layout(
-        xaxis_title="optimiser step",
-        yaxis_title="loss (nats per kept token)",
-        hovermode="x unified",
-        height=320,
-    )
-    return _markers_if_short(figure, curves)
+    _add_line(figure, curves, "loss", "loss", "%{y:.4g} nats", line={"width": 2, "color": _LOSS_COLOUR})
+    return _over_steps(figure, curves, height=320, yaxis_title="loss (nats per kept token)")
 
 
 def time_figure(curves: pd.DataFrame) -> go.Figure:
     """Seconds of a step by phase, stacked, over the run."""
     figure = go.Figure()
-    for phase, name in PHASES.items():
-        figure.add_scatter(
-            x=curves.step.to_numpy(),
-            y=curves[f"seconds_{phase}"].to_numpy(),
-            name=name,
-            stackgroup="phases",
-            mode="lines",
-            line={"width": 0, "color": PHASE_COLOURS[phase]},
-            fillcolor=PHASE_COLOURS[phase],
-            hovertemplate="%{y:.3g} s",
-        )
-    figure.update_layout(
-        xaxis_title="optimiser step", yaxis_title="seconds per step", hovermode="x unified", height=380
-    )
-    return _markers_if_short(figure, curves)
+    _add_stack(figure, curves, {f"seconds_{p}": (name, PHASE_COLOURS[p]) for p, name in PHASES.items()}, "%{y:.3g} s")
+    return _over_steps(figure, curves, height=380, yaxis_title="seconds per step")
+
+
+def _add_line(figure: go.Figure, curves: pd.DataFrame, column: str, name: str, hover: str, **style: Any) -> None:
+    x, y = curves.step.to_numpy(), curves[column].to_numpy()
+    figure.add_scatter(x=x, y=y, name=name, mode="lines", hovertemplate=hover, **style)
+
+
+def _add_stack(figure: go.Figure, curves: pd.DataFrame, columns: dict[str, tuple[str, str]], hover: str) -> None:
+    for column, (name, colour) in columns.items():
+        style = {"line": {"width": 0, "color": colour}, "fillcolor": colour, "stackgroup": "stack"}
+        _add_line(figure, curves, column, name, hover, **style)
+
+
+def _over_steps(figure: go.Figure, curves: pd.DataFrame, **layout: Any) -> go.Figure:
+    """The layout of a chart over the run."""
+    figure.update_layout({"xaxis_title": "optimiser step", "hovermode": "x unified"} | layout)
+    if len(curves) < 3:  # a line through so few points is hardly seen
+        figure.update_traces(mode="lines+markers")
+    return figure
 
 
 def flops_figure(numbers: dict[str, Number]) -> go.Figure:
@@ -249,13 +202,6 @@ def flops_figure(numbers: dict[str, Number]) -> go.Figure:
             hovertemplate=html.escape(numbers[key].text) + "<extra></extra>",
         )
     figure.update_layout(xaxis_title="FLOPs", showlegend=False, height=200, bargap=0.35)
-    return figure
-
-
-def _markers_if_short(figure: go.Figure, curves: pd.DataFrame) -> go.Figure:
-    """A line through fewer than three points is hardly seen."""
-    if len(curves) < 3:
-        figure.update_traces(mode="lines+markers")
     return figure
 
 

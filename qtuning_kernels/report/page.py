@@ -9,10 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from qtuning_kernels.files import refuse_overwrite, write_atomic
 from qtuning_kernels.report import figures, pictures, plane, summary, texts
 from qtuning_kernels.report.plane_file import read_plane_file
-from qtuning_kernels.run_record.reader import STEP_COLUMNS
-from qtuning_kernels.run_record.writer import Record, RecordError, read_record
+from qtuning_kernels.run_record.reader import Record, RecordError, read_record
+from qtuning_kernels.run_record.schema import PHASES, QUADRANTS, STEP_COLUMNS
 
 _PLANE_SUFFIXES = (".parquet", ".pq")
 
@@ -23,16 +24,16 @@ def write_page(run: Path, output: Path | None) -> Path:
         if run.suffix not in _PLANE_SUFFIXES:
             raise RecordError(f"{run} is neither the folder of a run nor a Parquet file ({', '.join(_PLANE_SUFFIXES)})")
         output = output or run.with_suffix(".html")
+        refuse_overwrite(output, [run])
         context = _plane_file_context(run, _picture_folder(output))
     else:
         record = read_record(run)
         home = record.folder.parent if record.folder.name == "record" else record.folder
         output = output or home / "report.html"
+        refuse_overwrite(output, [record.folder])
         context = _run_context(record, home, _picture_folder(output))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(_render(context), encoding="utf-8")
-    temporary.replace(output)
+    with write_atomic(output) as temporary:
+        temporary.write_text(_render(context), encoding="utf-8")
     return output
 
 
@@ -90,8 +91,8 @@ def _plane_context(samples: pd.DataFrame, steps: pd.DataFrame, text_table: pd.Da
 
 
 def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
-    fate_table = summary.fates(record.samples)
-    numbers = summary.run_numbers(record, fate_table)
+    history = summary.sample_history(record.samples)
+    numbers = summary.run_numbers(record, history)
     curves = summary.over_time(record)
     parts = _plane_context(record.samples, record.steps, record.texts)
     charts = parts["figures"]
@@ -115,16 +116,16 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
         "configuration": _rows(record.run["configuration"]),
         "notices": record.notices + _resumed(record.run) + _missing(record),
         "numbers": numbers,
-        "quadrants": summary.QUADRANTS,
-        "phases": summary.PHASES,
+        "quadrants": QUADRANTS,
+        "phases": PHASES,
         "bins": len(curves),
         "heights": _heights(charts),
         "has_texts": len(record.texts) > 0,
         "excerpt_limit": parts["excerpt_limit"],
         "tokens": token_list,
         "tokens_left": token_rest,
-        "never": texts.listed(fate_table, record.texts, kept=False),
-        "always": texts.listed(fate_table, record.texts, kept=True),
+        "never": texts.listed(history, record.texts, kept=False),
+        "always": texts.listed(history, record.texts, kept=True),
         "pictures": _links(files, folder),
         "data": _script_json({**parts["data"], "figures": figures.as_json(charts)}),
     }
@@ -141,8 +142,8 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "configuration": [],
         "notices": [] if len(samples) else [f"{path.name} holds no sample."],
         "numbers": summary.plane_file_numbers(samples),
-        "quadrants": summary.QUADRANTS,
-        "phases": summary.PHASES,
+        "quadrants": QUADRANTS,
+        "phases": PHASES,
         "bins": 0,
         "heights": _heights(parts["figures"]),
         "has_texts": len(text_table) > 0,

@@ -9,20 +9,19 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from qtuning_kernels.files import write_atomic
 from qtuning_kernels.report.figures import COLOURS, PHASE_COLOURS
-from qtuning_kernels.report.plane import Frame
-from qtuning_kernels.report.summary import PHASES, QUADRANTS, truth
+from qtuning_kernels.report.plane import DENSE, Frame
+from qtuning_kernels.run_record.schema import PHASES, QUADRANTS
 
 _SIZE = (6.4, 4.4)  # inches
 
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix[1:], dpi=200)
-        temporary.replace(path)
+        with write_atomic(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=200)
     return paths
 
 
@@ -43,23 +42,19 @@ def _plain_labels(axis: Axis) -> None:
 def plane_picture(frame: Frame, folder: Path) -> list[Path]:
     """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
     figure, axes = _axes("perplexity", "mean entropy (nats)")
-    kept = truth(frame.points.keep)
-    dense = len(frame.points) > 5000
-    for keep in (False, True):  # as on the page: what was kept on top, the middle first
-        for quadrant in (0, 3, 1, 2, 4):
-            points = frame.points[(frame.points.quadrant == quadrant) & (kept if keep else ~kept)]
-            if len(points):
-                axes.scatter(
-                    points.ppl,
-                    points.entropy,
-                    s=(12 if keep else 8) / (3 if dense else 1),
-                    color=COLOURS[quadrant],
-                    marker="o" if keep else "x",
-                    linewidths=0.7,
-                    alpha=0.8 if keep else 0.5,
-                    label=f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}",
-                    rasterized=True,
-                )
+    for quadrant, keep, name, points in frame.groups():
+        if len(points):
+            axes.scatter(
+                points.ppl,
+                points.entropy,
+                s=(12 if keep else 8) / (3 if len(frame.points) > DENSE else 1),
+                color=COLOURS[quadrant],
+                marker="o" if keep else "x",
+                linewidths=0.7,
+                alpha=0.8 if keep else 0.5,
+                label=name,
+                rasterized=True,
+            )
     for name, value in frame.thresholds.items():
         line = axes.axvline if name.startswith("ppl") else axes.axhline
         line(value, color="#7F7F7F", linewidth=1, linestyle="--" if name.endswith("high") else ":")

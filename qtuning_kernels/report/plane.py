@@ -1,16 +1,19 @@
 """The error-uncertainty plane over a run, cut into frames for the report's slider."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from qtuning_kernels.report.summary import on_plane
+from qtuning_kernels.report.summary import on_plane, truth
+from qtuning_kernels.run_record.schema import QUADRANTS
 
 MAX_FRAMES = 24  # positions of the slider, beside the whole run
 MAX_POINTS = 60_000  # of one frame
 MAX_POINTS_TOTAL = 240_000  # of all stretches together: about 8 MB
+DENSE = 5000  # points of a frame, above which they are smaller and more transparent
 THRESHOLDS = ("ppl_low", "ppl_high", "entropy_low", "entropy_high")
 
 
@@ -31,6 +34,14 @@ class Frame:
     total: int
     thresholds: dict[str, float]
     steps: int
+
+    def groups(self) -> Iterator[tuple[int, bool, str, pd.DataFrame]]:
+        """(quadrant, kept, name, points), in the order of drawing: kept on top of dropped, the middle first."""
+        kept = truth(self.points.keep)
+        for keep in (False, True):
+            for quadrant in (0, 3, 1, 2, 4):
+                name = f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}"
+                yield quadrant, keep, name, self.points[(self.points.quadrant == quadrant) & (kept == keep)]
 
 
 def quantile(values: np.ndarray, gamma: float) -> float:

@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from qtuning_kernels.run_record.writer import RecordError
+from qtuning_kernels.run_record.reader import RecordError
 
 _REQUIRED = ("sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role")
 

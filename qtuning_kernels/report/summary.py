@@ -6,23 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qtuning_kernels.run_record.writer import Record
+from qtuning_kernels.run_record.reader import Record
+from qtuning_kernels.run_record.schema import PHASES, QUADRANTS
 
-QUADRANTS = {
-    1: "Q1 harmful noise",
-    2: "Q2 valuable misconception",
-    3: "Q3 redundant knowledge",
-    4: "Q4 calibration",
-    0: "middle, in no quadrant",
-}
-PHASES = {
-    "data": "loading the pool",
-    "score": "scoring forward",
-    "select": "plane, triage, token pruning",
-    "compact": "compacting the kept part",
-    "train": "training forward and backward",
-    "optimizer": "optimiser",
-}
 MAX_BINS = 300  # points of a curve over the run
 
 
@@ -151,7 +137,7 @@ def cost_numbers(steps: pd.DataFrame, tokens_seen: float | None) -> list[Number]
     return numbers
 
 
-def fates(samples: pd.DataFrame) -> pd.DataFrame:
+def sample_history(samples: pd.DataFrame) -> pd.DataFrame:
     """One row per distinct sample: times ``seen`` and ``kept``, last ``ppl``, ``entropy``, ``quadrant``."""
     keep = truth(samples.keep)
     groups = samples.assign(keep=keep).groupby("id", sort=False)
@@ -160,7 +146,7 @@ def fates(samples: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def fate_numbers(table: pd.DataFrame) -> list[Number]:
+def history_numbers(table: pd.DataFrame) -> list[Number]:
     never, always = int((table.kept == 0).sum()), int((table.kept == table.seen).sum())
     numbers = []
     for key, label, count in (
@@ -174,7 +160,7 @@ def fate_numbers(table: pd.DataFrame) -> list[Number]:
     return numbers
 
 
-def run_numbers(record: Record, fate_table: pd.DataFrame) -> dict[str, Number]:
+def run_numbers(record: Record, history: pd.DataFrame) -> dict[str, Number]:
     """Every number that a run's report shows, by key."""
     selection = selection_numbers(record.samples)
     tokens_seen = next(number.value for number in selection if number.key == "tokens_seen")
@@ -183,7 +169,7 @@ def run_numbers(record: Record, fate_table: pd.DataFrame) -> dict[str, Number]:
             *selection,
             *plane_numbers(record.samples),
             *cost_numbers(record.steps, tokens_seen),
-            *fate_numbers(fate_table),
+            *history_numbers(history),
         ]
     )
 

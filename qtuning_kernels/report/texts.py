@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from qtuning_kernels.run_record.writer import Record
+from qtuning_kernels.run_record.reader import Record
 
 TEXT_BYTES = 8_000_000  # of all excerpts that hovering shows
 EXCERPT = 600  # characters of a prompt or answer, at most
@@ -125,10 +125,10 @@ class Listed:
     answer: str
 
 
-def listed(fate_table: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[Listed]:
+def listed(history: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[Listed]:
     """The first `MAX_LISTED` samples always kept, or never: the most often scored, then the highest PPL."""
-    chosen = fate_table.kept == (fate_table.seen if kept else 0)
-    rows = fate_table[chosen].sort_values(["seen", "ppl"], ascending=False, kind="stable").head(MAX_LISTED)
+    chosen = history.kept == (history.seen if kept else 0)
+    rows = history[chosen].sort_values(["seen", "ppl"], ascending=False, kind="stable").head(MAX_LISTED)
     known = texts.set_index("id")
     result = []
     for row in rows.itertuples():

@@ -1,4 +1,4 @@
-"""Reads the record of a run in whatever state it was left; `record.py` writes it and says what it is."""
+"""Reads the record of a run in whatever state it was left."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,40 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtuning_kernels.run_record.schema import RECORD_VERSION, TABLES, TEXT_COLUMNS
+
 if TYPE_CHECKING:
     import pandas
-
-RECORD_VERSION = 1
-
-_SECONDS = ("data", "score", "select", "compact", "train", "optimizer")
-
-# id: int or str, stable over the run. ppl, entropy: of the sample, nats. quadrant 0..4, role 2 | 4 | 0.
-# num_tokens: trainable tokens; kept_tokens: those that entered the loss.
-SAMPLE_COLUMNS = (
-    *("step", "id", "ppl", "entropy", "quadrant", "role", "keep", "supplemented"),
-    *("num_tokens", "kept_tokens"),
-)
-# ppl_low, ppl_high, entropy_low, entropy_high: the quantiles Q_α and Q_(1−α) of the pool.
-# tokens_seen: trainable tokens of the pool; tokens_kept: those in the loss; tokens_scored: positions that the
-# scoring forwards read, padding included. flops_spent: of this step; flops_full: of the step on full data.
-STEP_COLUMNS = (
-    *("step", "epoch", "loss", "learning_rate"),
-    *("alpha", "ppl_low", "ppl_high", "entropy_low", "entropy_high"),
-    *(f"count_q{quadrant}" for quadrant in range(5)),
-    *("count_samples", "count_kept", "count_supplemented", "tokens_seen", "tokens_kept", "tokens_scored"),
-    *(f"seconds_{phase}" for phase in _SECONDS),
-    *("flops_spent", "flops_full"),
-)
-# token_ids, tokens (strings), nll (nats), score (neighbour-aware, eq. 7; null for a sample that is not
-# token-pruned) and keep are lists over the trainable tokens; prompt is text.
-TOKEN_COLUMNS = ("step", "id", "token_ids", "tokens", "nll", "score", "keep", "prompt")
-TEXT_COLUMNS = ("id", "prompt", "answer", "truncated")
-
-TABLES = {
-    "samples.jsonl": SAMPLE_COLUMNS,
-    "steps.jsonl": STEP_COLUMNS,
-    "tokens.jsonl": TOKEN_COLUMNS,
-}
 
 
 class RecordError(RuntimeError):
@@ -131,15 +101,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{path} has record_version {version}; this version of qtuning-kernels reads up to "
             f"{RECORD_VERSION}. Update the package to read it."
         )
-    return {
-        "created": None,
-        "command": None,
-        "configuration": {},
-        "versions": {},
-        "resumed": [],
-        "total_steps": None,
-        **run,
-    }
+    absent = {"created": None, "command": None, "configuration": {}, "versions": {}, "resumed": [], "total_steps": None}
+    return absent | run
 
 
 def read_record(run: str | Path) -> Record:
@@ -160,21 +123,17 @@ def read_record(run: str | Path) -> Record:
             "what it does not hold is left out."
         )
     rows = {name: list(read_lines(folder / name)) for name in TABLES}
-    rows["steps.jsonl"] = [flatten(row) for row in rows["steps.jsonl"]]
     last = max((row["step"] for row in rows["steps.jsonl"]), default=0)
-    tables = {}
-    for name, columns in TABLES.items():
-        complete = [row for row in rows[name] if row["step"] <= last]
-        if len(complete) < len(rows[name]) and name == "samples.jsonl":
-            notices.append(f"The run ended inside step {last + 1}, whose rows are left out.")
-        tables[name] = _table(complete, columns)
-    tables["texts.jsonl"] = _table(list(read_lines(folder / "texts.jsonl")), TEXT_COLUMNS)
-    if not len(tables["steps.jsonl"]):
+    complete = {name: [flatten(row) for row in table if row["step"] <= last] for name, table in rows.items()}
+    if len(complete["samples.jsonl"]) < len(rows["samples.jsonl"]):
+        notices.append(f"The run ended inside step {last + 1}, whose rows are left out.")
+    if not rows["steps.jsonl"]:
         notices.append("The run ended before its first optimiser step was recorded.")
     elif (head["total_steps"] or 0) > last:
         notices.append(f"{last} of {head['total_steps']} steps are recorded: the run is under way, or it ended early.")
-    samples, steps, tokens, texts = (tables[name] for name in (*TABLES, "texts.jsonl"))
-    return Record(folder, head, samples, steps, tokens, texts, notices)
+    tables = {name.removesuffix(".jsonl"): _table(complete[name], columns) for name, columns in TABLES.items()}
+    texts = _table(list(read_lines(folder / "texts.jsonl")), TEXT_COLUMNS)
+    return Record(folder=folder, run=head, **tables, texts=texts, notices=notices)
 
 
 _NOT_NUMBERS = frozenset({"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated"})

@@ -1,60 +1,24 @@
-"""The record of a run: what the trainer saw and chose, as JSON Lines that survive a kill at any moment.
-
-A record is a folder, ``<output_dir>/record/``, of
-
-- ``run.json``: ``record_version``, ``created``, ``command``, ``configuration``, ``versions``, ``resumed``,
-  ``total_steps``;
-- ``samples.jsonl``: one row per sample and optimiser step (`SAMPLE_COLUMNS`);
-- ``steps.jsonl``: one row per optimiser step (`STEP_COLUMNS`);
-- ``tokens.jsonl``: one row per chosen sample and step (`TOKEN_COLUMNS`);
-- ``texts.jsonl``: optional, the beginning of each sample's text (`write_texts`).
-
-Any of them is read in one line::
-
-    samples = pandas.read_json("runs/demo/record/samples.jsonl", lines=True)
-
-and all of them, whatever state the run was left in, by ``read_record("runs/demo")``. NaN is written as null
-and an infinity as the string ``"Infinity"`` or ``"-Infinity"``; pandas reads these as NaN and ±inf.
-"""
+"""Writes the record of a run, as JSON Lines that survive a kill at any moment."""
 
 import json
-import os
 import platform
 import random
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from qtuning_kernels.run_record.reader import (
-    RECORD_VERSION,
-    SAMPLE_COLUMNS,
-    STEP_COLUMNS,
-    TABLES,
-    TOKEN_COLUMNS,
-    Record,
-    RecordError,
-    flatten,
-    read_lines,
-    read_record,
-    read_run,
-)
+from qtuning_kernels.files import write_atomic
+from qtuning_kernels.run_record.reader import flatten, read_lines, read_record, read_run
+from qtuning_kernels.run_record.schema import RECORD_VERSION, TABLES
 
-__all__ = [
-    "RECORD_VERSION",
-    "SAMPLE_COLUMNS",
-    "STEP_COLUMNS",
-    "TOKEN_COLUMNS",
-    "Record",
-    "RecordError",
-    "RunRecord",
-    "read_record",
-    "write_texts",
-]
+__all__ = ["RunRecord", "read_record", "write_texts"]
 
+DISTRIBUTIONS = ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton")
 TEXT_LIMIT = 2000  # characters of prompt and of answer that texts.jsonl keeps
 
 
@@ -103,23 +67,18 @@ def _rows(rows: Iterable[Mapping] | Mapping[str, Sequence] | None) -> list[dict]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _write_atomic(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with write_atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+def installed_versions() -> dict[str, str]:
+    """Of Python, the platform, and what is installed of `DISTRIBUTIONS`."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _command() -> str:
@@ -164,7 +123,6 @@ class RunRecord:
         exists = (self.folder / "run.json").exists()
         if exists and resume_step is None:
             self._set_aside()
-        self.folder.mkdir(parents=True, exist_ok=True)
         if exists and resume_step is not None:
             self.run = read_run(self.folder)
             self.run.setdefault("resumed", []).append({"step": resume_step, "created": _now(), "command": _command()})
@@ -175,7 +133,7 @@ class RunRecord:
                 "created": _now(),
                 "command": _command(),
                 "configuration": {},
-                "versions": _versions(),
+                "versions": installed_versions(),
                 "resumed": [],
             }
         self.run["total_steps"] = total_steps
@@ -196,11 +154,11 @@ class RunRecord:
             kept = [row for row in read_lines(self.folder / name) if row["step"] <= step]
             if name == "tokens.jsonl":
                 self._token_rows = len(kept)
-            _write_atomic(self.folder / name, map(_line, kept))
+            _write_lines(self.folder / name, map(_line, kept))
 
     def _write_run(self) -> None:
         text = json.dumps(_portable(json.loads(json.dumps(self.run, default=_plain))), indent=2)
-        _write_atomic(self.folder / "run.json", [text + "\n"])
+        _write_lines(self.folder / "run.json", [text + "\n"])
 
     def write_run(
         self,
@@ -285,13 +243,12 @@ def write_texts(folder: str | Path, rows: Iterable[Mapping], *, limit: int = TEX
         rows: mappings with ``id``, ``prompt`` and ``answer``.
         limit: characters of each text that are kept; a row that lost some has ``truncated`` true.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / "texts.jsonl"
 
     def cut(row: Mapping) -> dict:
         prompt, answer = str(row["prompt"]), str(row["answer"])
         truncated = max(len(prompt), len(answer)) > limit
         return {"id": row["id"], "prompt": prompt[:limit], "answer": answer[:limit], "truncated": truncated}
 
-    _write_atomic(folder / "texts.jsonl", (_line(cut(row)) for row in rows))
-    return folder / "texts.jsonl"
+    _write_lines(path, (_line(cut(row)) for row in rows))
+    return path

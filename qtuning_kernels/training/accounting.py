@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from qtuning_kernels.models.causal_lm import CausalLM
-
-PHASES = ("data", "score", "select", "compact", "train", "optimizer")
+from qtuning_kernels.run_record.schema import PHASES
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""A planned step as rows of the run's record (`record.py` says what the columns are)."""
+"""A planned step as rows of the run's record; `run_record/schema.py` has the columns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,12 +55,12 @@ def step_row(plan: StepPlan) -> dict[str, Any]:
 
 
 def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig) -> list[dict[str, Any]]:
-    """The tokens of the samples at the positions `chosen`: text, nll, neighbour score and fate of each."""
+    """The tokens of the samples at the positions `chosen`: text, nll and neighbour score, kept or pruned."""
     if tokenizer is None or not plan.selections:
         return []
     rows = []
-    places = [(pool, i) for pool, samples in enumerate(plan.pools) for i in range(len(samples))]
-    for pool, i in (places[position] for position in chosen):
+    samples = [(pool, i) for pool, samples in enumerate(plan.pools) for i in range(len(samples))]
+    for pool, i in (samples[position] for position in chosen):
         sample, selection, scores = plan.pools[pool][i], plan.selections[pool], plan.scores[pool]
         start, end = selection.cu_seqlens[i : i + 2].tolist()
         nll = scores.nll[start:end].cpu()

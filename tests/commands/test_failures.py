@@ -90,8 +90,8 @@ BAD_INPUT = {
     "other tokenizer": ("--model", with_large_tokens, "they do not belong together"),
     "missing weight": ("--model", with_a_weight_missing, "first 'model.layers.1.mlp.up_proj.weight'"),
     "split of a file": ("--data-split", value("test"), "is one file, which has no splits"),
-    "sample ratio": ("--sample-ratio", value("0"), "sample_ratio is 0.0; accepted: a number in (0, 1]"),
-    "token ratio": ("--token-ratio", value("1.5"), "token_ratio is 1.5; accepted: a number in (0, 1]"),
+    "sample ratio": ("--sample-ratio", value("0"), "--sample-ratio is 0.0; accepted: a number in (0, 1]"),
+    "token ratio": ("--token-ratio", value("1.5"), "--token-ratio is 1.5; accepted: a number in (0, 1]"),
     "pool of one": ("--batch-size", value("1"), "of a pool of one nothing can be pruned"),
     "cutoff": ("--cutoff", value("1"), "cutoff=1 must be at least 2"),
     "tag": ("--tag-field", value("flaw"), "'flaw' is not a column; columns found: question, answer"),
@@ -122,7 +122,7 @@ def test_debug_shows_the_traceback(options, capsys):
     assert cli.main(["train", *options, "--sample-ratio", "0", "--debug"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.splitlines()[-1].startswith("qtuning: error: sample_ratio")
+    assert error.splitlines()[-1].startswith("qtuning: error: --sample-ratio is 0.0")
 
 
 def test_nothing_fetched(options, capsys):

@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
 from qtuning_kernels.report import build_report
 from qtuning_kernels.report.texts import MAX_LISTED, MAX_TOKENS
-from qtuning_kernels.run_record.writer import RecordError, RunRecord
+from qtuning_kernels.run_record.reader import RecordError
+from qtuning_kernels.run_record.writer import RunRecord
 from tests.synthetic_run import quantile, synthetic_run
 
 from .report_expected import PHASES, rows, share
@@ -108,11 +109,11 @@ def test_curves_follow_from_the_record(page, run):
     names = [name for name in curves if name.startswith("Q")]
     assert len(names) == 4
     for index, row in enumerate(steps):
-        rows_here = pool(row["step"])
+        pool_rows = pool(row["step"])
         for name in names:
-            count = sum(r["quadrant"] == int(name[1]) for r in rows_here)
-            assert curves[name][index] == pytest.approx(count / len(rows_here))
-        kept = [r for r in rows_here if r["keep"]]
+            count = sum(r["quadrant"] == int(name[1]) for r in pool_rows)
+            assert curves[name][index] == pytest.approx(count / len(pool_rows))
+        kept = [r for r in pool_rows if r["keep"]]
         supplemented = share(sum(r["supplemented"] for r in kept), len(kept))
         got = curves["supplemented, of the kept"][index]
         assert math.isnan(got) if supplemented is None else got == pytest.approx(supplemented)
@@ -140,12 +141,12 @@ def test_long_runs_are_binned_without_bias(tmp_path):
     assert ends[-1] == 700
     start = 0
     for end, got in zip(ends[:20], shares[:20], strict=True):
-        here = [row["quadrant"] for row in samples if start < row["step"] <= end]
-        assert got == pytest.approx(here.count(1) / len(here))
+        of_bin = [row["quadrant"] for row in samples if start < row["step"] <= end]
+        assert got == pytest.approx(of_bin.count(1) / len(of_bin))
         start = end
 
 
-def test_token_view_shows_every_token_and_its_fate(page, run):
+def test_token_view_shows_every_token_kept_or_pruned(page, run):
     articles = re.findall(r'(?s)<article class="sample".*?</article>', page.source)
     recorded = rows(run, "tokens.jsonl")
     assert sum(len(row["tokens"]) for row in recorded) <= MAX_TOKENS

@@ -172,9 +172,9 @@ def test_search_finds_and_filters(open_report, run):
     )
     section.locator("input").fill("no such words")
     assert visible.count() == 0
-    fates = page.locator("#fates")
-    fates.locator("input").fill("q")
-    assert fates.locator("li:not([hidden])").count() > 0
+    history = page.locator("#history")
+    history.locator("input").fill("q")
+    assert history.locator("li:not([hidden])").count() > 0
 
 
 def test_theme_can_be_switched(open_report, run):

@@ -11,15 +11,9 @@ import pandas
 import pytest
 import torch
 
-from qtuning_kernels.run_record.writer import (
-    RECORD_VERSION,
-    SAMPLE_COLUMNS,
-    STEP_COLUMNS,
-    RecordError,
-    RunRecord,
-    read_record,
-    write_texts,
-)
+from qtuning_kernels.run_record.reader import RecordError, read_record
+from qtuning_kernels.run_record.schema import RECORD_VERSION, SAMPLE_COLUMNS, STEP_COLUMNS
+from qtuning_kernels.run_record.writer import RunRecord, write_texts
 
 
 def sample_columns(size=4, first=0):

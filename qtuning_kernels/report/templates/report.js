@@ -89,11 +89,11 @@
     const point = event.points[0];
     const [sample, step, kept, all, role, supplemented] = point.customdata;
     const samples = data.samples;
-    const fate = kept < 0 ? `${all} answer tokens` : `${kept} of ${all} answer tokens kept`;
+    const counts = kept < 0 ? `${all} answer tokens` : `${kept} of ${all} answer tokens kept`;
     const lines = [
       line("meta", `${samples.id[sample]}${step > 0 ? `, scored in step ${step}` : ""}`),
       line("meta", `perplexity ${Number(point.x).toPrecision(4)}, entropy ${Number(point.y).toPrecision(4)} nats`),
-      line("meta", `${point.data.name}${supplemented ? ` as a supplement, treated as Q${role}` : ""}; ${fate}`),
+      line("meta", `${point.data.name}${supplemented ? ` as a supplement, treated as Q${role}` : ""}; ${counts}`),
     ];
     if (samples.prompt[sample] === null) {
       lines.push(line("quiet", "No text was recorded for this sample."));

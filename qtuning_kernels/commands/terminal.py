@@ -1,11 +1,25 @@
-"""The tables that commands end with."""
+"""What commands print: lines as they are, and tables of samples by quadrant."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-QUADRANTS = {1: "Q1", 2: "Q2", 3: "Q3", 4: "Q4", 0: "middle"}
-_MEANING = "Q1 harmful noise, Q2 misconception, Q3 redundant, Q4 calibration"
+from qtuning_kernels.run_record.schema import QUADRANT_LABELS, QUADRANTS
+
+
+def log(console: Any, text: object) -> None:
+    """Print text as it is: neither marked up nor wrapped, so that a path in it can be copied."""
+    console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own progress and errors."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def quadrant_table(quadrants: Sequence[int], kept: Sequence[bool], groups: Iterable[str] | None = None) -> Any:
@@ -21,9 +35,10 @@ def quadrant_table(quadrants: Sequence[int], kept: Sequence[bool], groups: Itera
     names = ["samples"] * len(quadrants) if groups is None else list(groups)
     seen = Counter(zip(names, quadrants, strict=True))
     trained = Counter((n, q) for n, q, k in zip(names, quadrants, kept, strict=True) if k)
-    table = Table(title="samples seen / kept", title_justify="left", caption=_MEANING, caption_justify="left")
+    meaning = ", ".join(name for quadrant, name in QUADRANTS.items() if quadrant)
+    table = Table(title="samples seen / kept", title_justify="left", caption=meaning, caption_justify="left")
     table.add_column("")
-    for title in (*QUADRANTS.values(), "all"):
+    for title in (*QUADRANT_LABELS.values(), "all"):
         table.add_column(title, justify="right")
 
     def cell(name: str, wanted: Iterable[int]) -> str:

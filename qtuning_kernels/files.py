@@ -1,0 +1,44 @@
+"""Files that are whole or not there, and that are never the input they were made from."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, made if missing, for the block to write to.
+
+    When the block ends, the file is synced to the disk and renamed to `path`. When it raises, the file is removed and
+    `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_overwrite(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise if `output` is one of the input files, or a file of an input folder, under whatever name.
+
+    Args:
+        output: the file to be written.
+        inputs: files and folders; what is neither, such as a name on a hub, is passed over.
+
+    Raises:
+        FileExistsError: `output` is an input; symbolic and hard links are followed.
+        IsADirectoryError: `output` is a folder.
+    """
+    if output.is_dir():
+        raise IsADirectoryError(f"output {str(output)!r} is a folder; accepted: the name of a file")
+    if not output.exists():
+        return
+    for given in (Path(each).expanduser() for each in inputs):
+        if any(file.is_file() and file.samefile(output) for file in (given, *given.rglob("*"))):
+            raise FileExistsError(f"output {str(output)!r} is a file of the input {str(given)!r}; give another output")
