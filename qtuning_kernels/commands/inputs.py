@@ -141,7 +141,8 @@ def load_model(source: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        options: Any = {"dtype": torch.float32, "output_loading_info": True}
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # whatever a model's own code, its files or the network raise
         raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
     if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random

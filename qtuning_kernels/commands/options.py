@@ -98,7 +98,7 @@ def argument_texts(cls: type) -> dict[str, str]:
 
 def add_settings(group: Any, names: Iterable[str]) -> None:
     """Options of fields of `QTuningConfig`, which has their types, defaults, choices and help."""
-    fields = {field.name: field for field in dataclasses.fields(QTuningConfig)}
+    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(QTuningConfig)}
     texts = argument_texts(QTuningConfig)
     for name in names:
         field = fields[name]
