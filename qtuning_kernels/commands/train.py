@@ -192,7 +192,7 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    defaults = {
+    defaults: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "save_strategy": "steps",

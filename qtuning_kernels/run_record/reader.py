@@ -101,8 +101,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{path} has record_version {version}; this version of qtuning-kernels reads up to "
             f"{RECORD_VERSION}. Update the package to read it."
         )
-    absent = {"created": None, "command": None, "configuration": {}, "versions": {}, "resumed": [], "total_steps": None}
-    return absent | run
+    absent: dict[str, Any] = dict.fromkeys(("created", "command", "total_steps"))
+    return absent | {"configuration": {}, "versions": {}, "resumed": []} | run
 
 
 def read_record(run: str | Path) -> Record:
