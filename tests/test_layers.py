@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qtuning_kernels"
 # each imports only from those before it and from itself
 LAYERS = (
-    *("arguments", "config", "kernels", "pruning", "data", "models"),
+    *("arguments", "files", "config", "kernels", "pruning", "data", "models"),
     *("run_record", "training", "report", "demo", "commands"),
 )
 KERNELS_OF_TRITON = "triton_kernels"  # beside the package, installed as a folder of it

@@ -141,10 +141,10 @@ def load_model(source: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        options: Any = {"dtype": torch.float32, "output_loading_info": True}
-        model, loaded = AutoModelForCausalLM.from_pretrained(source, **options)
+        result: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever a model's own code, its files or the network raise
         raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
+    model, loaded = result
     if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
         raise ValueError(f"model {source!r}: {len(missing)} weights are not in its files, the first {missing[0]!r}")
     return model

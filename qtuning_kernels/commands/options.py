@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qtuning_kernels.commands.inputs import load_data, load_model, load_tokenizer, model_source  # noqa: F401 - for benchmarks
 from qtuning_kernels.config import QTuningConfig, check_settings
@@ -107,7 +107,7 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
         elif field.type is str:
             kind = {"choices": field.metadata["accepted"][0]}
         else:
-            kind = {"type": field.type, "metavar": _METAVARS[field.type]}
+            kind = {"type": field.type, "metavar": _METAVARS[cast(type, field.type)]}
         text = f"{texts.get(name, '')} (default: {field.default})"
         group.add_argument(option_name(name), default=field.default, help=text, **kind)
 
