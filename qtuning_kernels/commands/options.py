@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -22,37 +22,22 @@ _METAVARS = {int: "N", float: "X"}
 _NOT_OPTIONS = ("parallelism_config", "hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint")
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def above(least: int, kind: type = int) -> Callable[[str], Any]:
+    """argparse type: a number above `least`."""
 
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not value > least:
+            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+        return value
 
-def not_negative(text: str) -> int:
-    """argparse type: an integer from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    convert.__name__ = kind.__name__  # which argparse's message has
+    return convert
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="JSON or YAML file of these same options; the command line wins",
-    )
+    text = "JSON or YAML file of these same options; the command line wins"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
 
 
 def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog="example: qtuning train --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
         "--prompt-field question --completion-field answer --output runs/mine",
     )
-    parser.add_argument(
-        "--help-all",
-        action="help",
-        help="show this, and the options of all other fields of transformers.TrainingArguments: "
-        "--weight-decay, --gradient-checkpointing, …",
-    )
+    text = "show this, and all other fields of transformers.TrainingArguments, which are options by their own names"
+    parser.add_argument("--help-all", action="help", help=text)
     options.add_config(parser)
     options.add_model_and_data(parser)
 
@@ -41,77 +38,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--batch-size",
-        "--per-device-train-batch-size",
-        type=options.positive,
-        default=16,
-        metavar="N",
-        help="samples in a selection pool, of which the sample ratio is trained on (default: 16)",
-    )
-    group.add_argument(
-        "--gradient-accumulation",
-        "--gradient-accumulation-steps",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="pools per optimiser step (default: 1)",
-    )
-    group.add_argument(
-        "--epochs",
-        "--num-train-epochs",
-        type=options.positive_float,
-        default=1.0,
-        metavar="N",
-        help="passes over the data (default: 1)",
-    )
-    group.add_argument("--max-steps", type=options.positive, metavar="N", help="optimiser steps; wins over --epochs")
-    group.add_argument(
-        "--learning-rate",
-        type=options.positive_float,
-        metavar="LR",
-        help=f"highest rate of the cosine schedule (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})",
-    )
-    group.add_argument(
-        "--lora-rank",
-        type=options.not_negative,
-        default=0,
-        metavar="R",
-        help="train adapters of this rank instead of all weights (default: 0, full fine-tuning)",
-    )
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="of everything random (default: 42)")
+    count = partial(group.add_argument, type=options.above(0), metavar="N")
+    text = "samples in a selection pool, of which the sample ratio is trained on (default: 16)"
+    count("--batch-size", "--per-device-train-batch-size", default=16, help=text)
+    text = "pools per optimiser step (default: 1)"
+    count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=text)
+    text = "passes over the data (default: 1)"
+    count("--epochs", "--num-train-epochs", type=options.above(0, float), default=1.0, help=text)
+    count("--max-steps", help="optimiser steps; wins over --epochs")
+    text = f"highest rate of the schedule (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})"
+    count("--learning-rate", type=options.above(0, float), metavar="LR", help=text)
+    text = "train adapters of this rank instead of all weights (default: 0, full fine-tuning)"
+    count("--lora-rank", type=options.above(-1), default=0, help=text)
+    count("--seed", type=int, default=42, help="of everything random (default: 42)")
 
     group = parser.add_argument_group("computation")
     group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
     options.add_settings(group, ("micro_batch_tokens", *options.SCORING))
 
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output",
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        help="new or empty folder (default: runs/ and the time)",
-    )
-    group.add_argument(
-        "--save-steps",
-        type=options.positive,
-        default=50,
-        metavar="N",
-        help="steps between two checkpoints, of which the last two are kept (default: 50)",
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --output, with that run's options, to the same result",
-    )
+    text = "new or empty folder (default: runs/ and the time)"
+    group.add_argument("--output", "--output-dir", type=Path, metavar="FOLDER", help=text)
+    text = "steps between two checkpoints, of which the last two are kept (default: 50)"
+    group.add_argument("--save-steps", type=options.above(0), default=50, metavar="N", help=text)
+    text = "go on from the newest checkpoint in --output, with that run's options, to the same result"
+    group.add_argument("--resume", action="store_true", help=text)
     options.add_settings(group, ("record", "record_tokens"))
-    group.add_argument(
-        "--report-to",
-        default="none",
-        metavar="NAME",
-        help="also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)",
-    )
+    text = "also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)"
+    group.add_argument("--report-to", default="none", metavar="NAME", help=text)
     group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 

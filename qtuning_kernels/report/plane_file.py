@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qtuning_kernels.run_record.reader import RecordError
+from qtuning_kernels.run_record.schema import SAMPLE_COLUMNS
 
 _REQUIRED = ("sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role")
 
@@ -28,21 +29,10 @@ def read_plane_file(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
             "qtuning score writes such a file."
         )
-    keep = table.keep if "keep" in table else table.role != 0
-    samples = pd.DataFrame(
-        {
-            "step": 0,
-            "id": table.sample_id,
-            "ppl": table.ppl,
-            "entropy": table.entropy,
-            "quadrant": table.quadrant,
-            "role": table.role,
-            "keep": keep,
-            "supplemented": table.get("supplemented", False),
-            "num_tokens": table.num_tokens,
-            "kept_tokens": table.get("kept_tokens", float("nan")),
-        }
-    )
+    absent = {"keep": table.role != 0, "supplemented": False, "kept_tokens": float("nan")}
+    samples = table.rename(columns={"sample_id": "id"}).assign(
+        step=0, **{name: value for name, value in absent.items() if name not in table}
+    )[[*SAMPLE_COLUMNS]]
     if not {"prompt", "answer"} <= set(table.columns):
         return samples, pd.DataFrame(columns=["id", "prompt", "answer"])
     return samples, table[["sample_id", "prompt", "answer"]].rename(columns={"sample_id": "id"})

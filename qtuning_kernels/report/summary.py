@@ -1,6 +1,5 @@
 """The numbers and tables of a report, computed from a record and nothing else."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,20 +11,15 @@ from qtuning_kernels.run_record.schema import PHASES, QUADRANTS
 MAX_BINS = 300  # points of a curve over the run
 
 
+Values = dict[str, float | int | None]  # None where the record does not hold what it takes
+
+
 @dataclass(frozen=True)
 class Number:
-    """One number of the report. `value` is None where the record does not hold what it takes."""
+    """One number of the report, and how it is shown."""
 
-    key: str
-    label: str
     value: float | int | None
-    kind: str = "count"  # count | share | seconds | flops | plain
-
-    @property
-    def text(self) -> str:
-        if self.value is None:
-            return "not recorded"
-        return _FORMATS[self.kind](self.value)
+    text: str
 
 
 def _seconds(value: float) -> str:
@@ -43,13 +37,23 @@ def _flops(value: float) -> str:
     return f"{value:.3g} FLOP"
 
 
+# by the beginning of a number's key; all others are counts
 _FORMATS = {
-    "count": lambda value: f"{value:,.0f}",
-    "share": lambda value: f"{100 * value:.1f} %",
-    "seconds": _seconds,
-    "flops": _flops,
-    "plain": lambda value: f"{value:.4g}",
+    "share_": lambda value: f"{100 * value:.1f} %",
+    "seconds_": _seconds,
+    "flops_": _flops,
+    "loss_": lambda value: f"{value:.4g}",
 }
+
+
+def _numbers(values: Values) -> dict[str, Number]:
+    def text(key: str, value: float | int | None) -> str:
+        if value is None:
+            return "not recorded"
+        prefix = next(filter(key.startswith, _FORMATS), None)
+        return _FORMATS[prefix](value) if prefix else f"{value:,.0f}"
+
+    return {key: Number(value, text(key, value)) for key, value in values.items()}
 
 
 def _total(column: pd.Series) -> float | None:
@@ -78,63 +82,55 @@ def on_plane(samples: pd.DataFrame) -> pd.Series:
     )
 
 
-def plane_numbers(samples: pd.DataFrame) -> list[Number]:
+def plane_values(samples: pd.DataFrame) -> Values:
     """Counts and shares of the quadrants, over all rows of `samples`."""
-    total = len(samples)
-    numbers = [Number("not_on_plane", "with no place on the plane", total - _count(on_plane(samples)))]
-    for quadrant, name in QUADRANTS.items():
-        count = _count(samples.quadrant == quadrant)
-        numbers.append(Number(f"count_q{quadrant}", name, count))
-        numbers.append(Number(f"share_q{quadrant}", name, _ratio(count, total), "share"))
-    return numbers
+    counts = {quadrant: _count(samples.quadrant == quadrant) for quadrant in QUADRANTS}
+    return {
+        "not_on_plane": len(samples) - _count(on_plane(samples)),
+        **{f"count_q{quadrant}": count for quadrant, count in counts.items()},
+        **{f"share_q{quadrant}": _ratio(count, len(samples)) for quadrant, count in counts.items()},
+    }
 
 
-def selection_numbers(samples: pd.DataFrame) -> list[Number]:
+def selection_values(samples: pd.DataFrame) -> Values:
     """What was seen and what was kept, in samples and in answer tokens."""
-    kept = _count(samples.keep)
-    supplemented = _count(samples.supplemented)
+    kept, supplemented = _count(samples.keep), _count(samples.supplemented)
     seen_tokens, kept_tokens = _total(samples.num_tokens), _total(samples.kept_tokens)
-    return [
-        Number("samples_seen", "samples seen", len(samples)),
-        Number("samples_distinct", "distinct samples", samples.id.nunique()),
-        Number("samples_kept", "samples kept", kept),
-        Number("share_samples_kept", "of the samples seen", _ratio(kept, len(samples)), "share"),
-        Number("samples_supplemented", "supplemented samples", supplemented),
-        Number("share_supplemented", "of the kept samples", _ratio(supplemented, kept), "share"),
-        Number("tokens_seen", "answer tokens seen", seen_tokens),
-        Number("tokens_kept", "answer tokens trained on", kept_tokens),
-        Number("share_tokens_kept", "of the answer tokens", _ratio(kept_tokens, seen_tokens), "share"),
-    ]
+    return {
+        "samples_seen": len(samples),
+        "samples_distinct": samples.id.nunique(),
+        "samples_kept": kept,
+        "share_samples_kept": _ratio(kept, len(samples)),
+        "samples_supplemented": supplemented,
+        "share_supplemented": _ratio(supplemented, kept),
+        "tokens_seen": seen_tokens,
+        "tokens_kept": kept_tokens,
+        "share_tokens_kept": _ratio(kept_tokens, seen_tokens),
+    }
 
 
-def cost_numbers(steps: pd.DataFrame, tokens_seen: float | None) -> list[Number]:
+def cost_values(steps: pd.DataFrame, tokens_seen: float | None) -> Values:
     """Where time and FLOPs went, and what was saved against full data."""
     seconds = {phase: _total(steps[f"seconds_{phase}"]) for phase in PHASES}
     known = [value for value in seconds.values() if value is not None]
     total = sum(known) if known else None
     spent, full = _total(steps.flops_spent), _total(steps.flops_full)
-    loss = steps.loss.dropna()
-    numbers = [
-        Number("steps", "optimiser steps", len(steps)),
-        Number("loss_first", "loss, first step", float(loss.iloc[0]) if len(loss) else None, "plain"),
-        Number("loss_last", "loss, last step", float(loss.iloc[-1]) if len(loss) else None, "plain"),
-        Number("seconds_total", "time in the steps", total, "seconds"),
-        Number("seconds_per_step", "per step", _ratio(total, len(steps)), "seconds"),
-        Number("tokens_per_second", "answer tokens seen per second", _ratio(tokens_seen, total)),
-        Number("tokens_scored", "positions scored, padding included", _total(steps.tokens_scored)),
-        Number("flops_spent", "FLOPs spent", spent, "flops"),
-        Number("flops_full", "FLOPs on full data", full, "flops"),
-        Number(
-            "share_flops_saved",
-            "FLOPs saved against full data",
-            None if (ratio := _ratio(spent, full)) is None else 1 - ratio,
-            "share",
-        ),
-    ]
-    for phase, name in PHASES.items():
-        numbers.append(Number(f"seconds_{phase}", name, seconds[phase], "seconds"))
-        numbers.append(Number(f"share_seconds_{phase}", name, _ratio(seconds[phase], total), "share"))
-    return numbers
+    ratio = _ratio(spent, full)
+    loss = steps.loss.dropna().tolist() or [None]
+    return {
+        "steps": len(steps),
+        "loss_first": loss[0],
+        "loss_last": loss[-1],
+        "seconds_total": total,
+        "seconds_per_step": _ratio(total, len(steps)),
+        "tokens_per_second": _ratio(tokens_seen, total),
+        "tokens_scored": _total(steps.tokens_scored),
+        "flops_spent": spent,
+        "flops_full": full,
+        "share_flops_saved": None if ratio is None else 1 - ratio,
+        **{f"seconds_{phase}": value for phase, value in seconds.items()},
+        **{f"share_seconds_{phase}": _ratio(value, total) for phase, value in seconds.items()},
+    }
 
 
 def sample_history(samples: pd.DataFrame) -> pd.DataFrame:
@@ -146,43 +142,25 @@ def sample_history(samples: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def history_numbers(table: pd.DataFrame) -> list[Number]:
-    never, always = int((table.kept == 0).sum()), int((table.kept == table.seen).sum())
-    numbers = []
-    for key, label, count in (
-        ("never_kept", "never kept", never),
-        ("always_kept", "always kept", always),
-        ("sometimes_kept", "kept at times", len(table) - never - always),
-    ):
-        numbers.append(Number(key, label, count))
-        share = _ratio(count, len(table))
-        numbers.append(Number(f"share_{key}", "of the distinct samples", share, "share"))
-    return numbers
+def history_values(history: pd.DataFrame) -> Values:
+    """How many distinct samples were kept never, always, and at times."""
+    never, always = int((history.kept == 0).sum()), int((history.kept == history.seen).sum())
+    counts = {"never_kept": never, "always_kept": always, "sometimes_kept": len(history) - never - always}
+    return counts | {f"share_{key}": _ratio(count, len(history)) for key, count in counts.items()}
 
 
 def run_numbers(record: Record, history: pd.DataFrame) -> dict[str, Number]:
     """Every number that a run's report shows, by key."""
-    selection = selection_numbers(record.samples)
-    tokens_seen = next(number.value for number in selection if number.key == "tokens_seen")
-    return _by_key(
-        [
-            *selection,
-            *plane_numbers(record.samples),
-            *cost_numbers(record.steps, tokens_seen),
-            *history_numbers(history),
-        ]
-    )
+    selection = selection_values(record.samples)
+    cost = cost_values(record.steps, selection["tokens_seen"])
+    return _numbers(selection | plane_values(record.samples) | cost | history_values(history))
 
 
 def plane_file_numbers(samples: pd.DataFrame) -> dict[str, Number]:
     """Every number that the report of a scored data set shows, by key."""
-    keys = {"samples_seen", "samples_kept", "share_samples_kept", "tokens_seen"}
-    selection = [number for number in selection_numbers(samples) if number.key in keys]
-    return _by_key([*selection, *plane_numbers(samples)])
-
-
-def _by_key(numbers: Iterable[Number]) -> dict[str, Number]:
-    return {number.key: number for number in numbers}
+    selection = selection_values(samples)
+    keys = ("samples_seen", "samples_kept", "share_samples_kept", "tokens_seen")
+    return _numbers({key: selection[key] for key in keys} | plane_values(samples))
 
 
 def over_time(record: Record) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """What the report shows of the samples' texts: excerpts, the token view, never and always kept."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -39,27 +38,6 @@ def excerpts(ids: list, texts: pd.DataFrame) -> dict:
     return {"prompt": [pair[0] for pair in cut], "answer": [pair[1] for pair in cut], "limit": limit}
 
 
-@dataclass(frozen=True)
-class Token:
-    text: str
-    shade: int  # 0 … SHADES − 1, by rank of the score within the answer
-    pruned: bool
-    title: str
-
-
-@dataclass(frozen=True)
-class TokenSample:
-    """One answer of the token view."""
-
-    id: str
-    step: int
-    role: int
-    prompt: str
-    tokens: list[Token]
-    kept: int
-    total: int
-
-
 def _list(cell: object) -> list:
     return cell if isinstance(cell, list) else []
 
@@ -73,8 +51,11 @@ def _number(value: float) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
-def token_samples(record: Record) -> tuple[list[TokenSample], int]:
-    """The answers of the token view, and how many the record holds beyond `MAX_TOKENS`."""
+def token_samples(record: Record) -> tuple[list[dict], int]:
+    """The answers of the token view, and how many the record holds beyond `MAX_TOKENS`.
+
+    A token's ``shade``, 0 … SHADES − 1, is by the rank of its score within the answer.
+    """
     roles = {(row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)}
     prompts = dict(zip(record.texts.id, record.texts.prompt, strict=True))
     shown: list[TokenSample] = []
@@ -88,52 +69,44 @@ def token_samples(record: Record) -> tuple[list[TokenSample], int]:
             break
         rank = np.argsort(np.argsort(score or nll, kind="stable"), kind="stable")
         tokens = [
-            Token(
-                _visible(str(text)),
-                int(rank[i] * SHADES // len(strings)),
-                not keep[i],
-                f"nll {_number(nll[i])} nats" + (f", score {_number(score[i])}" if score else ""),
-            )
+            {
+                "text": _visible(str(text)),
+                "shade": int(rank[i] * SHADES // len(strings)),
+                "pruned": not keep[i],
+                "title": f"nll {_number(nll[i])} nats" + (f", score {_number(score[i])}" if score else ""),
+            }
             for i, text in enumerate(strings)
         ]
         role = roles.get((row.step, row.id), 0)
         prompt = row.prompt if isinstance(row.prompt, str) else prompts.get(row.id, "")
         shown.append(
-            TokenSample(
-                str(row.id),
-                int(row.step),
-                0 if pd.isna(role) else int(role),
-                _cut(str(prompt), EXCERPT),
-                tokens,
-                sum(map(bool, keep)),
-                len(tokens),
-            )
+            {
+                "id": str(row.id),
+                "step": int(row.step),
+                "role": 0 if pd.isna(role) else int(role),
+                "prompt": _cut(str(prompt), EXCERPT),
+                "tokens": tokens,
+                "kept": sum(map(bool, keep)),
+                "total": len(tokens),
+            }
         )
     return shown, len(record.tokens) - len(shown)
 
 
-@dataclass(frozen=True)
-class Listed:
-    """One sample in the list of those never, or always, kept."""
-
-    id: str
-    seen: int
-    ppl: str
-    entropy: str
-    quadrant: int
-    prompt: str
-    answer: str
-
-
-def listed(history: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[Listed]:
+def listed(history: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[dict]:
     """The first `MAX_LISTED` samples always kept, or never: the most often scored, then the highest PPL."""
     chosen = history.kept == (history.seen if kept else 0)
     rows = history[chosen].sort_values(["seen", "ppl"], ascending=False, kind="stable").head(MAX_LISTED)
-    known = texts.set_index("id")
-    result = []
-    for row in rows.itertuples():
-        text = known.loc[row.id] if row.id in known.index else {"prompt": "", "answer": ""}
-        quadrant = 0 if pd.isna(row.quadrant) else int(row.quadrant)
-        cut = [_cut(str(text[name]), EXCERPT) for name in ("prompt", "answer")]
-        result.append(Listed(str(row.id), int(row.seen), _number(row.ppl), _number(row.entropy), quadrant, *cut))
-    return result
+    known = {row.id: {"prompt": row.prompt, "answer": row.answer} for row in texts.itertuples()}
+    none = {"prompt": "", "answer": ""}
+    return [
+        {
+            "id": str(row.id),
+            "seen": int(row.seen),
+            "ppl": _number(row.ppl),
+            "entropy": _number(row.entropy),
+            "quadrant": 0 if pd.isna(row.quadrant) else int(row.quadrant),
+            **{name: _cut(str(text), EXCERPT) for name, text in known.get(row.id, none).items()},
+        }
+        for row in rows.itertuples()
+    ]

@@ -339,6 +339,24 @@ def test_output_can_be_named(run, tmp_path):
     assert (tmp_path / "new" / "page_figures" / "plane.svg").exists()
 
 
+@pytest.mark.parametrize("name", ["plane.parquet", "link.html", "samples.jsonl"])
+def test_a_page_never_replaces_what_it_is_made_from(tmp_path, name):
+    """`qtuning report plane.parquet --output plane.parquet` ended with 0, and the plane was gone."""
+    if name == "samples.jsonl":
+        source = synthetic_run(tmp_path, steps=1)
+        file = output = source / "record" / name
+    else:
+        source = file = tmp_path / "plane.parquet"
+        plane_table(3).to_parquet(file)
+        output = tmp_path / name
+        if output != file:
+            output.symlink_to(file)
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="is a file of the input"):
+        build_report(source, output)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_fifty_thousand_samples_fit(tmp_path):
     """Every sample is drawn, and the page stays below 30 MB even if each has 4,000 characters of text."""
