@@ -21,7 +21,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
     Raises:
         ImportError: the package ``gguf`` is not installed.
-        ValueError: the file holds another architecture or tokenizer.
+        ValueError: the file holds another architecture or tokenizer, or lacks a tensor.
     """
     try:
         from gguf import GGUFReader
@@ -33,10 +33,12 @@ def convert_gguf(source: Path, folder: Path) -> None:
     for key, accepted in (("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")):
         if meta.get(key) != accepted:
             raise ValueError(f"{source.name}: {key} is {meta.get(key)!r}; accepted: {accepted!r}")
-    options = {"gguf_file": source.name, "dtype": "float32"}
+    options = {"gguf_file": source.name, "dtype": "float32", "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
+        raise ValueError(f"{source.name}: {len(missing)} tensors are missing, the first {missing[0]!r}")
     # float32 in the file: 1e-05 there reads 9.999999747378752e-06
     model.config.rms_norm_eps = float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"])))
     model.save_pretrained(folder)
