@@ -33,10 +33,11 @@ def convert_gguf(source: Path, folder: Path) -> None:
     for key, accepted in (("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")):
         if meta.get(key) != accepted:
             raise ValueError(f"{source.name}: {key} is {meta.get(key)!r}; accepted: {accepted!r}")
-    options = {"gguf_file": source.name, "dtype": "float32", "output_loading_info": True}
+    options: Any = {"gguf_file": source.name, "dtype": "float32", "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    loading: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **options)
+    model, loaded = loading
     if missing := sorted(loaded["missing_keys"]):  # which transformers would leave at random
         raise ValueError(f"{source.name}: {len(missing)} tensors are missing, the first {missing[0]!r}")
     # float32 in the file: 1e-05 there reads 9.999999747378752e-06

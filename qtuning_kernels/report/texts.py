@@ -58,7 +58,7 @@ def token_samples(record: Record) -> tuple[list[dict], int]:
     """
     roles = {(row.step, row.id): row.role for row in record.samples[["step", "id", "role"]].itertuples(index=False)}
     prompts = dict(zip(record.texts.id, record.texts.prompt, strict=True))
-    shown: list[TokenSample] = []
+    shown: list[dict] = []
     budget = MAX_TOKENS
     for row in record.tokens.itertuples():
         strings, keep = _list(row.tokens), _list(row.keep)
