@@ -5,7 +5,6 @@
 
 #include "../cpu/kernels.h"
 #include "operators.h"
-#include "workspace.h"
 
 namespace {
 
@@ -24,17 +23,8 @@ TORCH_LIBRARY(qtuning_native, m) {
   m.def("token_stats", &qt::token_stats);
   m.def("token_stats_backward", &qt::token_stats_backward);
   m.def("token_stats_backward_", &qt::token_stats_backward_);
-  m.def("linear_token_stats", &qt::linear_token_stats);
-  m.def("linear_token_stats_backward", &qt::linear_token_stats_backward);
-  m.def("linear_cross_entropy", &qt::linear_cross_entropy);
-  m.def("causal_attention", &qt::causal_attention);
-  m.def("causal_attention_backward", &qt::causal_attention_backward);
-  m.def("segment_means", &qt::segment_means);
-  m.def("triage_rank", &qt::triage_rank);
-  m.def("select_tokens", &qt::select_tokens);
   m.def("exp", &vector_exp);
   m.def("instruction_set", &instruction_set);
-  m.def("workspace_bytes_held", &qt::workspace_bytes_held);
 }
 
 // The module itself is empty: importing it runs the registration above.

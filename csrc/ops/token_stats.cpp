@@ -7,7 +7,8 @@
 #include "../cpu/zero.h"
 #include "operators.h"
 #include "rows.h"
-#include "workspace.h"
+
+#include <memory>
 
 namespace qt {
 namespace {
@@ -43,8 +44,7 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   const Rows from(logits), to(out);
   const Labels labels(labels_tensor, from.count, from.vocabulary, ignore_index);
   const int64_t pieces = pieces_of(from.vocabulary);
-  Workspace workspace(padded(from.count * sizeof(int64_t)));
-  int64_t* order = workspace.take<int64_t>(from.count);  // live rows from the front, the others from the back
+  std::vector<int64_t> order(from.count);  // live rows from the front, the others from the back
   int64_t live = 0, dead = from.count;
   for (int64_t i = 0; i < from.count; ++i) {
     if (!labels.ignored(i) && upstream.live(i))
@@ -80,10 +80,8 @@ Tensors4 token_stats(const Tensor& logits, const Tensor& labels_tensor, int64_t 
   const Labels labels(labels_tensor, rows.count, rows.vocabulary, ignore_index);
   StatsOutputs outputs(logits, labels_tensor.sizes());
   const int64_t pieces = pieces_of(rows.vocabulary);
-  Workspace workspace(padded(rows.count * sizeof(int64_t)) +
-                      padded(rows.count * pieces * sizeof(OnlineStats<double>)));
-  int64_t* order = workspace.take<int64_t>(rows.count);
-  OnlineStats<double>* parts = workspace.take<OnlineStats<double>>(rows.count * pieces);
+  std::vector<int64_t> order(rows.count);
+  const std::unique_ptr<OnlineStats<double>[]> parts(new OnlineStats<double>[rows.count * pieces]);
   int64_t live = 0;
   for (int64_t i = 0; i < rows.count; ++i)
     if (!labels.ignored(i)) order[live++] = i;

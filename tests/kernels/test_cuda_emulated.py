@@ -85,34 +85,14 @@ def test_the_order_of_threads_does_not_matter(emulated, monkeypatch, dtype):
     labels = torch.randint(0, 4099, (24,))
     labels[:4] = torch.tensor([0, 1, 4097, 4098])
     upstream = list(torch.randn(3, 24, dtype=torch.float64))
-    ppl, cu_seqlens = torch.randint(0, 9, (900,)).float(), torch.tensor([0, 600, 900], dtype=torch.int32)
     results = []
     for last_first in (False, True):
         if last_first:
             monkeypatch.setenv("QTUNING_EMULATOR_REVERSED", "1")
         stats, grad = run(x.clone(), labels, upstream, inplace=True)
-        triage = torch.ops.qtuning_kernels.triage_rank(ppl, ppl.flip(0), 200)
-        mask = torch.ops.qtuning_kernels.select_tokens(ppl, cu_seqlens, torch.tensor([200, 100]), 0.3, False, False)
-        results.append((*stats, grad, *triage, mask))
+        results.append((*stats, grad))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
-
-
-def test_pool_over_the_limit_is_refused(emulated):
-    x = torch.rand(4097)
-    with pytest.raises(ValueError, match="size is 4097; accepted: 1 to 4096"):
-        torch.ops.qtuning_kernels.triage_rank(x, x, 5)
-
-
-@pytest.mark.parametrize("size", [1025, 4096])
-def test_triage_of_large_pools(emulated, size):
-    """More samples than threads: each thread looks after several."""
-    from qtuning_kernels.pruning import operators as reference_policy
-
-    ppl, entropy = torch.randint(0, 500, (2, size)).float()
-    actual = torch.ops.qtuning_kernels.triage_rank(ppl, entropy, size // 4)
-    for a, e in zip(actual, reference_policy.triage_rank(ppl, entropy, size // 4), strict=True):
-        assert torch.equal(a, e)
 
 
 GUARDED = """
