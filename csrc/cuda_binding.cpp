@@ -1,4 +1,4 @@
-// The CUDA kernels as PyTorch operators of a private namespace; qtuning_kernels/cuda.py hands them to ops.py.
+// The CUDA kernels as PyTorch operators of a private namespace; qtuning_kernels/kernels/cuda.py hands them on.
 //
 // Only pointers, strides and the current stream pass from here to the C interface. QTUNING_CUDA_EMULATED builds the same
 // file for CPU tensors, against kernels that tests/cuda_emulator runs on the host.
@@ -12,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/schemas.h"
 #include "cuda/qtuning_cuda.h"
 
 #ifndef QTUNING_CUDA_EMULATED
@@ -150,9 +151,9 @@ void token_stats_backward_(const Tensor& logits, const Tensor& labels, const Ten
 }  // namespace
 
 TORCH_LIBRARY(qtuning_cuda, m) {
-  m.def("token_stats", &token_stats);
-  m.def("token_stats_backward", &token_stats_backward);
-  m.def("token_stats_backward_", &token_stats_backward_);
+  m.def(qt::kTokenStats, &token_stats);
+  m.def(qt::kTokenStatsBackward, &token_stats_backward);
+  m.def(qt::kTokenStatsBackwardInplace, &token_stats_backward_);
 }
 
 // The module itself is empty: importing it runs the registration above.

@@ -1,4 +1,4 @@
-// What one instruction set offers: a table of functions on dense pieces of rows, free of torch.
+// What one instruction set offers: a table of functions on dense chunks of rows, free of torch.
 #pragma once
 
 #include <stdint.h>
@@ -9,23 +9,21 @@ namespace qt {
 
 enum class DType { f32, f64, bf16, f16 };
 
-// Rows are folded in pieces of this length, each from the identity and merged in order, so that the result does
-// not depend on which thread took which piece.
-constexpr int64_t kSegment = 16384;
+// Rows are read in chunks of this length, each from the identity and merged in order, so that the result does
+// not depend on which thread took which chunk.
+constexpr int64_t kChunk = 16384;
 
 struct Kernels {
   const char* isa;
-  // (m, S, T) of n logits x; reads x once from memory, twice from L1
-  OnlineStats<double> (*fold)(DType, const void* x, int64_t n, const Scaling<double>&);
-  // the scaled logit of one element
-  double (*logit)(DType, const void* x, const Scaling<double>&);
+  // of n logits x; reads x once from memory, twice from L1
+  OnlineStats<double> (*chunk_stats)(DType, const void* x, int64_t n, const Scaling<double>&);
+  // what `factor_of(scaling)` multiplies to z, of one element
+  double (*scaled_value)(DType, const void* x, const Scaling<double>&);
   // the gradient of n logits, without the label's term; `out` may be `x`
   void (*gradient)(DType, const void* x, void* out, int64_t n, const Scaling<double>&,
                    const RowGradient<double>&);
-  // the gradient of the label's logit, whose scaled value is z
-  void (*label_gradient)(DType, double z, void* out, const Scaling<double>&, const RowGradient<double>&);
   void (*fill)(DType, void* out, int64_t n, double value);
-  void (*exp)(const float* x, float* out, int64_t n);  // for tests
+  void (*exp2)(const float* x, float* out, int64_t n);  // for tests
 };
 
 // The table of the best instruction set that this processor has; QTUNING_CPU_ISA forces one by name.

@@ -1,4 +1,4 @@
-// The operators of qtuning_kernels/ops.py for CPU tensors; signatures and shapes as there.
+// The row operators of qtuning_kernels/kernels/contract.py for CPU tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>

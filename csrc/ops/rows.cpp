@@ -31,8 +31,7 @@ Scaling<double> scaling_of(double logit_scale, std::optional<double> softcap) {
   return {logit_scale, softcap.value_or(0.0)};
 }
 
-TokenValues::TokenValues(const OptionalTensor& tensor, int64_t count, const char* name, double absent)
-    : absent_(absent) {
+TokenValues::TokenValues(const OptionalTensor& tensor, int64_t count, const char* name) {
   if (!tensor || !tensor->defined()) return;
   TORCH_CHECK_VALUE(tensor->numel() == count, name, " has ", tensor->numel(), " elements for ", count, " tokens");
   TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, " is on ", tensor->device(), "; the native backend serves cpu");
@@ -68,27 +67,32 @@ StatsOutputs::StatsOutputs(const at::Tensor& like, at::IntArrayRef shape)
   }
 }
 
-void StatsOutputs::store(int64_t i, const TokenStats<double>& stats) {
-  const double values[4] = {stats.nll, stats.entropy, stats.row_max, stats.log_sum};
-  for (int k = 0; k < 4; ++k) {
-    if (is_double_)
-      static_cast<double*>(data_[k])[i] = values[k];
-    else
-      static_cast<float*>(data_[k])[i] = static_cast<float>(values[k]);
-  }
+void StatsOutputs::store(int64_t i, const OnlineStats<double>& row, double label_bits) {
+  if (is_double_)
+    write<double>(i, finalize<double>(row, label_bits));
+  else
+    write<float>(i, finalize<float>(row, label_bits));
 }
 
-void gradient_piece(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
-                    bool possible, const Scaling<double>& scaling, const RowGradient<double>& row) {
+// In float64, since p - 1 cancels for a certain label. `value` is the label's scaled value.
+static double label_gradient(double value, const Scaling<double>& scaling, const RowGradient<double>& row) {
+  const double log_p = (value * factor_of(scaling) - row.row_max) - row.log_sum;
+  const double of_z = gradient_of_bits<true>(log_p * Log2<double>::e, gradient_bits_of(0.0, 0.0, row, 1.0));
+  const double slope = scaling.logit_scale * (scaling.softcap != 0 ? 1 - value * value : 1);
+  return (of_z - row.grad_nll) * slope;
+}
+
+void gradient_chunk(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
+                    bool in_range, const Scaling<double>& scaling, const RowGradient<double>& row) {
   const Kernels& k = kernels();
-  if (!possible) return k.fill(dtype, out, n, NAN);
-  const bool here = label >= start && label < start + n;
+  if (!in_range) return k.fill(dtype, out, n, NAN);
+  const bool inside = label >= start && label < start + n;
   const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   const int64_t offset = (label - start) * size;
-  // read before x is overwritten; written in the statistics' precision, since p - 1 cancels for a certain label
-  const double z = here ? k.logit(dtype, static_cast<const char*>(x) + offset, scaling) : 0;
+  // read before x is overwritten
+  const double value = inside ? k.scaled_value(dtype, static_cast<const char*>(x) + offset, scaling) : 0;
   k.gradient(dtype, x, out, n, scaling, row);
-  if (here) k.label_gradient(dtype, z, static_cast<char*>(out) + offset, scaling, row);
+  if (inside) k.fill(dtype, static_cast<char*>(out) + offset, 1, label_gradient(value, scaling, row));
 }
 
 }  // namespace qt

@@ -1,4 +1,4 @@
-// What the operators on rows of logits share: dtypes, labels, per-token tensors, and loops over live rows.
+// What the operators on rows of logits share: dtypes, labels, per-token tensors, and loops over them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -20,13 +20,12 @@ Scaling<double> scaling_of(double logit_scale, std::optional<double> softcap);
 // A per-token tensor of any dtype, read as float64; 0 everywhere if it is absent.
 class TokenValues {
  public:
-  TokenValues(const OptionalTensor& tensor, int64_t count, const char* name, double absent = 0);
-  double operator[](int64_t i) const { return data_ ? data_[i] : absent_; }
+  TokenValues(const OptionalTensor& tensor, int64_t count, const char* name);
+  double operator[](int64_t i) const { return data_ ? data_[i] : 0; }
 
  private:
   at::Tensor held_;
   const double* data_ = nullptr;
-  double absent_;
 };
 
 // Labels as int64.
@@ -34,7 +33,7 @@ class Labels {
  public:
   Labels(const at::Tensor& labels, int64_t count, int64_t vocabulary, int64_t ignore_index);
   bool ignored(int64_t i) const { return data_[i] == ignore_index_; }
-  bool possible(int64_t i) const { return data_[i] >= 0 && data_[i] < vocabulary_; }
+  bool in_range(int64_t i) const { return data_[i] >= 0 && data_[i] < vocabulary_; }
   int64_t operator[](int64_t i) const { return data_[i]; }
   int64_t count() const { return count_; }
 
@@ -51,7 +50,7 @@ class Upstream {
            const OptionalTensor& grad_nll, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
            int64_t count);
   // a row that has a gradient at all
-  bool live(int64_t i) const { return grad_nll_[i] != 0 || grad_entropy_[i] != 0 || grad_lse_[i] != 0; }
+  bool active(int64_t i) const { return grad_nll_[i] != 0 || grad_entropy_[i] != 0 || grad_lse_[i] != 0; }
   RowGradient<double> row(int64_t i) const {
     return {row_max_[i], log_sum_[i], entropy_[i], grad_nll_[i] + grad_lse_[i], grad_entropy_[i], grad_nll_[i]};
   }
@@ -64,28 +63,34 @@ class Upstream {
 class StatsOutputs {
  public:
   StatsOutputs(const at::Tensor& like, at::IntArrayRef shape);
-  void store(int64_t i, const TokenStats<double>& stats);
+  void store(int64_t i, const OnlineStats<double>& row, double label_bits);
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tuple() const {
     return {tensors_[0], tensors_[1], tensors_[2], tensors_[3]};
   }
 
  private:
+  template <typename R>
+  void write(int64_t i, const TokenStats<R>& stats) {
+    const R values[4] = {stats.nll, stats.entropy, stats.row_max, stats.log_sum};
+    for (int k = 0; k < 4; ++k) static_cast<R*>(data_[k])[i] = values[k];
+  }
+
   at::Tensor tensors_[4];
   void* data_[4];
   bool is_double_;
 };
 
-// The gradient of one piece [start, start + n) of a row, the label's entry included. x and out point at the piece.
-void gradient_piece(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
-                    bool possible, const Scaling<double>& scaling, const RowGradient<double>& row);
+// The gradient of one chunk [start, start + n) of a row, the label's entry included. x and out point at the chunk.
+void gradient_chunk(DType dtype, const void* x, void* out, int64_t start, int64_t n, int64_t label,
+                    bool in_range, const Scaling<double>& scaling, const RowGradient<double>& row);
 
-inline int64_t pieces_of(int64_t vocabulary) { return (vocabulary + kSegment - 1) / kSegment; }
+inline int64_t chunks_of(int64_t vocabulary) { return (vocabulary + kChunk - 1) / kChunk; }
 
-// Calls f(first, last) over [0, units) on at::get_num_threads() threads, where each unit touches `elements`.
+// Calls f(first, last) over [0, count) on at::get_num_threads() threads, where each item touches `elements`.
 template <typename F>
-void parallel_units(int64_t units, int64_t elements, const F& f) {
+void parallel_over(int64_t count, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements));
-  at::parallel_for(0, units, grain, f);
+  at::parallel_for(0, count, grain, f);
 }
 
 }  // namespace qt

@@ -1,5 +1,5 @@
-// Statistics and gradient of logits that exist. Forward reads each live logit once; backward reads and writes each
-// live one once, and only writes the zeros of the others.
+// Statistics and gradient of logits that exist. Forward reads each active logit once; backward reads and writes each
+// active one once, and only writes the zeros of the others.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -43,28 +43,28 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   const DType dtype = dtype_of(logits, "logits");
   const Rows from(logits), to(out);
   const Labels labels(labels_tensor, from.count, from.vocabulary, ignore_index);
-  const int64_t pieces = pieces_of(from.vocabulary);
-  std::vector<int64_t> order(from.count);  // live rows from the front, the others from the back
-  int64_t live = 0, dead = from.count;
+  const int64_t chunks = chunks_of(from.vocabulary);
+  std::vector<int64_t> order(from.count);  // active rows from the front, inactive ones from the back
+  int64_t active = 0, inactive_from = from.count;
   for (int64_t i = 0; i < from.count; ++i) {
-    if (!labels.ignored(i) && upstream.live(i))
-      order[live++] = i;
+    if (!labels.ignored(i) && upstream.active(i))
+      order[active++] = i;
     else
-      order[--dead] = i;
+      order[--inactive_from] = i;
   }
-  const int64_t length = std::min(kSegment, from.vocabulary);
-  parallel_units(live * pieces, length, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t row = order[unit / pieces], start = unit % pieces * kSegment;
-      gradient_piece(dtype, from.at(row, start), to.at(row, start), start,
-                     std::min(kSegment, from.vocabulary - start), labels[row], labels.possible(row), scaling,
+  const int64_t length = std::min(kChunk, from.vocabulary);
+  parallel_over(active * chunks, length, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t row = order[item / chunks], start = item % chunks * kChunk;
+      gradient_chunk(dtype, from.at(row, start), to.at(row, start), start,
+                     std::min(kChunk, from.vocabulary - start), labels[row], labels.in_range(row), scaling,
                      upstream.row(row));
     }
   });
   const int64_t row_bytes = to.vocabulary * to.element;
-  const bool streaming = (from.count - live) * row_bytes >= kStreamFrom;
-  parallel_units(from.count - live, from.vocabulary, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) zero(to.at(order[live + i], 0), row_bytes, streaming);
+  const bool streaming = (from.count - active) * row_bytes >= kStreamFrom;
+  parallel_over(from.count - active, from.vocabulary, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) zero(to.at(order[active + i], 0), row_bytes, streaming);
   });
 }
 
@@ -79,28 +79,32 @@ Tensors4 token_stats(const Tensor& logits, const Tensor& labels_tensor, int64_t 
   const Rows rows(logits);
   const Labels labels(labels_tensor, rows.count, rows.vocabulary, ignore_index);
   StatsOutputs outputs(logits, labels_tensor.sizes());
-  const int64_t pieces = pieces_of(rows.vocabulary);
+  const int64_t chunks = chunks_of(rows.vocabulary);
   std::vector<int64_t> order(rows.count);
-  const std::unique_ptr<OnlineStats<double>[]> parts(new OnlineStats<double>[rows.count * pieces]);
-  int64_t live = 0;
+  const std::unique_ptr<OnlineStats<double>[]> parts(new OnlineStats<double>[rows.count * chunks]);
+  int64_t active = 0;
   for (int64_t i = 0; i < rows.count; ++i)
-    if (!labels.ignored(i)) order[live++] = i;
+    if (!labels.ignored(i)) order[active++] = i;
 
   const Kernels& k = kernels();
-  parallel_units(live * pieces, std::min(kSegment, rows.vocabulary), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t start = unit % pieces * kSegment;
-      parts[unit] = k.fold(dtype, rows.at(order[unit / pieces], start),
-                           std::min(kSegment, rows.vocabulary - start), scaling);
+  parallel_over(active * chunks, std::min(kChunk, rows.vocabulary), [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t start = item % chunks * kChunk;
+      parts[item] = k.chunk_stats(dtype, rows.at(order[item / chunks], start),
+                           std::min(kChunk, rows.vocabulary - start), scaling);
     }
   });
-  parallel_units(live, 256, [&](int64_t first, int64_t last) {
+  parallel_over(active, 256, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      OnlineStats<double> stats = parts[i * pieces];
-      for (int64_t p = 1; p < pieces; ++p) stats = merge(stats, parts[i * pieces + p]);
+      OnlineStats<double> stats = parts[i * chunks];
+      for (int64_t p = 1; p < chunks; ++p) stats = merge(stats, parts[i * chunks + p]);
       const int64_t row = order[i];
-      const double z = labels.possible(row) ? k.logit(dtype, rows.at(row, labels[row]), scaling) : NAN;
-      outputs.store(row, finish(stats, z));
+      double label_bits = NAN;
+      if (labels.in_range(row)) {
+        const double value = k.scaled_value(dtype, rows.at(row, labels[row]), scaling);
+        label_bits = value * factor_of(scaling) * Log2<double>::e - stats.row_max;
+      }
+      outputs.store(row, stats, label_bits);
     }
   });
   return outputs.tuple();
