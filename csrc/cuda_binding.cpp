@@ -131,29 +131,31 @@ void backward_into(const Tensor& grad, const Tensor& logits, const Tensor& label
                                      target_of(logits)));
 }
 
-Tensor token_stats_backward(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
-                            const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
-                            const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
+template <typename... Arguments>
+Tensor token_stats_backward(const Tensor& logits, Arguments... arguments) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor grad = at::empty(logits.sizes(), logits.options());
-  backward_into(grad, logits, labels, entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, ignore_index,
-                logit_scale, softcap);
+  backward_into(grad, logits, arguments...);
   return grad;
 }
 
-void token_stats_backward_(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
-                           const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
-                           const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
-  backward_into(logits, logits, labels, entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, ignore_index,
-                logit_scale, softcap);
+template <typename... Arguments>
+void token_stats_backward_(const Tensor& logits, Arguments... arguments) {
+  backward_into(logits, logits, arguments...);
+}
+
+// The operators with the arguments of backward_into behind the logits.
+template <typename... Arguments>
+void register_backward(torch::Library& m, void (*)(const Tensor&, const Tensor&, Arguments...)) {
+  m.def(qt::kTokenStatsBackward, &token_stats_backward<Arguments...>);
+  m.def(qt::kTokenStatsBackwardInplace, &token_stats_backward_<Arguments...>);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(qtuning_cuda, m) {
   m.def(qt::kTokenStats, &token_stats);
-  m.def(qt::kTokenStatsBackward, &token_stats_backward);
-  m.def(qt::kTokenStatsBackwardInplace, &token_stats_backward_);
+  register_backward(m, &backward_into);
 }
 
 // The module itself is empty: importing it runs the registration above.
