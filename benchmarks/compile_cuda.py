@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 _HEADERS = sorted(p for folder in ("csrc/cuda", "csrc/core") for p in (ROOT / folder).glob("*.*h"))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # of setup.py's default
 _FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
-THREADS = {"triage_rank": 1024, "combine": 32}  # per block, at most; 256 where nothing is said
+THREADS = {"combine": 32}  # per block, at most; 256 where nothing is said
 _DTYPES = {"8bfloat16": "bfloat16", "7float16": "float16", "f": "float32", "d": "float64"}
 FORMS = ("linear", "negated", "softcap")  # of csrc/cuda/scaling.cuh
 
@@ -78,11 +78,10 @@ def compile_all(arch: str) -> list[tuple[dict[str, object], Kernel]]:
 
 
 def table(arch: str) -> Iterator[tuple[str, Kernel]]:
-    """What stands in the table, by name: the kernels for bfloat16 logits without a softcap, and the policy's."""
+    """What stands in the table, by name: the kernels for bfloat16 logits without a softcap."""
     for what, kernel in compile_all(arch):
         name = what["operator"]
-        of_logits = what["form"] is not None
-        if (of_logits and (what["dtype"], what["form"]) != ("bfloat16", "linear")) or what["dtype"] == "float64":
+        if (what["dtype"], what["form"]) != ("bfloat16", "linear"):
             continue
         if what["has_entropy"] is not None:
             name += ", all" if what["has_entropy"] else ", nll"

@@ -9,7 +9,7 @@ LIBRARY = "qtuning-kernels, CUDA C++"
 
 
 def entries(arch: str, divisible: bool) -> Iterator[Entry]:
-    """Every kernel for bfloat16 logits without a softcap, and the policy.
+    """Every kernel for bfloat16 logits without a softcap.
 
     One instance serves every vocabulary and stride, so that the rows for odd ones show the same code.
 

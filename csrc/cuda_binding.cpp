@@ -1,4 +1,4 @@
-// The CUDA kernels as PyTorch operators of a private namespace; qtuning_kernels/cuda.py hands them to ops.py.
+// The CUDA kernels as PyTorch operators of a private namespace; qtuning_kernels/kernels/cuda.py hands them on.
 //
 // Only pointers, strides and the current stream pass from here to the C interface. QTUNING_CUDA_EMULATED builds the same
 // file for CPU tensors, against kernels that tests/cuda_emulator runs on the host.
@@ -12,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/schemas.h"
 #include "cuda/qtuning_cuda.h"
 
 #ifndef QTUNING_CUDA_EMULATED
@@ -130,87 +131,31 @@ void backward_into(const Tensor& grad, const Tensor& logits, const Tensor& label
                                      target_of(logits)));
 }
 
-Tensor token_stats_backward(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
-                            const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
-                            const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
+template <typename... Arguments>
+Tensor token_stats_backward(const Tensor& logits, Arguments... arguments) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor grad = at::empty(logits.sizes(), logits.options());
-  backward_into(grad, logits, labels, entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, ignore_index,
-                logit_scale, softcap);
+  backward_into(grad, logits, arguments...);
   return grad;
 }
 
-void token_stats_backward_(const Tensor& logits, const Tensor& labels, const Tensor& entropy, const Tensor& row_max,
-                           const Tensor& log_sum, const OptTensor& grad_nll, const OptTensor& grad_entropy,
-                           const OptTensor& grad_lse, int64_t ignore_index, double logit_scale, OptDouble softcap) {
-  backward_into(logits, logits, labels, entropy, row_max, log_sum, grad_nll, grad_entropy, grad_lse, ignore_index,
-                logit_scale, softcap);
+template <typename... Arguments>
+void token_stats_backward_(const Tensor& logits, Arguments... arguments) {
+  backward_into(logits, logits, arguments...);
 }
 
-int64_t segments_of(const Tensor& cu_seqlens) {
-  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens has shape ", cu_seqlens.sizes(),
-                    "; accepted: [B+1]");
-  return cu_seqlens.size(0) - 1;
-}
-
-Tensor segment_means(const Tensor& values, const Tensor& cu_seqlens) {
-  TORCH_CHECK_VALUE(values.dim() == 2, "values has shape ", values.sizes(), "; accepted: [C, T]");
-  const int64_t segments = segments_of(cu_seqlens);
-  const Tensor in = values.contiguous(), bounds = normal(cu_seqlens, values, at::kInt, "cu_seqlens");
-  const Tensor out = at::empty({values.size(0), segments}, values.options().dtype(at::kFloat));
-  check(qt_cuda_segment_means(in.const_data_ptr(), dtype_of(in, "values"), in.size(0), in.size(1),
-                              bounds.const_data_ptr<int32_t>(), segments, out.mutable_data_ptr<float>(),
-                              target_of(values)));
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triage_rank(const Tensor& ppl, const Tensor& entropy,
-                                                                       int64_t k) {
-  dtype_of(ppl, "ppl");
-  TORCH_CHECK_VALUE(ppl.dim() == 1 && entropy.sizes() == ppl.sizes(), "ppl has shape ", ppl.sizes(), " and entropy ",
-                    entropy.sizes(), "; accepted: [B] both");
-  const Tensor x = normal(ppl, ppl, at::kFloat, "ppl"), y = normal(entropy, ppl, at::kFloat, "entropy");
-  const int64_t size = ppl.size(0);
-  TORCH_CHECK_VALUE(k >= 1 && k <= size, "k is ", k, "; accepted: 1 to ", size);
-  const auto of = [&ppl](int64_t length, at::ScalarType dtype) {
-    return at::empty({length}, ppl.options().dtype(dtype));
-  };
-  const Tensor quadrant = of(size, at::kChar), role = of(size, at::kChar), keep = of(size, at::kBool),
-               kept_index = of(k, at::kLong), supplemented = of(size, at::kBool),
-               alpha = at::empty({}, ppl.options().dtype(at::kFloat));
-  check(qt_cuda_triage_rank(x.const_data_ptr<float>(), y.const_data_ptr<float>(), size, k,
-                            quadrant.mutable_data_ptr<int8_t>(), role.mutable_data_ptr<int8_t>(),
-                            static_cast<uint8_t*>(keep.data_ptr()), kept_index.mutable_data_ptr<int64_t>(),
-                            static_cast<uint8_t*>(supplemented.data_ptr()), alpha.mutable_data_ptr<float>(),
-                            target_of(ppl)));
-  return {quadrant, role, keep, kept_index, supplemented, alpha};
-}
-
-Tensor select_tokens(const Tensor& ppl, const Tensor& cu_seqlens, const Tensor& num_keep, double neighbor_weight,
-                     bool keep_high, bool neighbor_mean) {
-  dtype_of(ppl, "ppl");
-  TORCH_CHECK_VALUE(ppl.dim() == 1, "ppl has shape ", ppl.sizes(), "; accepted: [T]");
-  const int64_t segments = segments_of(cu_seqlens);
-  TORCH_CHECK_VALUE(num_keep.dim() == 1 && num_keep.size(0) == segments, "num_keep has shape ", num_keep.sizes(),
-                    "; accepted: [", segments, "]");
-  const Tensor x = normal(ppl, ppl, at::kFloat, "ppl"), bounds = normal(cu_seqlens, ppl, at::kInt, "cu_seqlens"),
-               wanted = normal(num_keep, ppl, at::kLong, "num_keep");
-  const Tensor out = at::empty(ppl.sizes(), ppl.options().dtype(at::kBool));
-  check(qt_cuda_select_tokens(x.const_data_ptr<float>(), x.size(0), bounds.const_data_ptr<int32_t>(),
-                              wanted.const_data_ptr<int64_t>(), segments, neighbor_weight, keep_high, neighbor_mean,
-                              static_cast<uint8_t*>(out.data_ptr()), target_of(ppl)));
-  return out;
+// The operators with the arguments of backward_into behind the logits.
+template <typename... Arguments>
+void register_backward(torch::Library& m, void (*)(const Tensor&, const Tensor&, Arguments...)) {
+  m.def(qt::kTokenStatsBackward, &token_stats_backward<Arguments...>);
+  m.def(qt::kTokenStatsBackwardInplace, &token_stats_backward_<Arguments...>);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(qtuning_cuda, m) {
-  m.def("token_stats", &token_stats);
-  m.def("token_stats_backward", &token_stats_backward);
-  m.def("token_stats_backward_", &token_stats_backward_);
-  m.def("segment_means", &segment_means);
-  m.def("triage_rank", &triage_rank);
-  m.def("select_tokens", &select_tokens);
+  m.def(qt::kTokenStats, &token_stats);
+  register_backward(m, &backward_into);
 }
 
 // The module itself is empty: importing it runs the registration above.

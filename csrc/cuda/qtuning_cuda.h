@@ -2,7 +2,7 @@
  *
  * Every function checks its arguments before it calls CUDA, enqueues work on the stream, and returns without waiting.
  * It returns QT_OK or an error code; qt_cuda_error_message() then says which argument, what came and what is accepted.
- * Pointers are device pointers unless stated otherwise. Shapes and meaning are those of qtuning_kernels/ops.py.
+ * Pointers are device pointers unless stated otherwise. Shapes and meaning are those of qtuning_kernels/kernels/contract.py.
  */
 #ifndef QTUNING_CUDA_H
 #define QTUNING_CUDA_H
@@ -74,23 +74,6 @@ int qt_cuda_token_stats(const qt_logits* logits, const qt_labels* labels, qt_sca
 /* Writes the gradient to `grad`, which may be the logits themselves. */
 int qt_cuda_token_stats_backward(const qt_logits* logits, const qt_logits* grad, const qt_labels* labels,
                                  const qt_upstream* upstream, qt_scaling scaling, qt_target target);
-
-/* values [rows, size], float32 or float64, contiguous; cu_seqlens int32 [segments + 1]; out float32 [rows, segments] */
-int qt_cuda_segment_means(const void* values, int32_t dtype, int64_t rows, int64_t size, const int32_t* cu_seqlens,
-                          int64_t segments, float* out, qt_target target);
-
-/* The most samples that qt_cuda_triage_rank takes. */
-enum { QT_TRIAGE_MAX_POOL = 4096 };
-
-/* ppl, entropy: float32 [size]. quadrant, role: int8 [size]; keep, supplemented: bytes 0 or 1 [size];
- * kept_index: int64 [k]; alpha: float32, one. */
-int qt_cuda_triage_rank(const float* ppl, const float* entropy, int64_t size, int64_t k, int8_t* quadrant, int8_t* role,
-                        uint8_t* keep, int64_t* kept_index, uint8_t* supplemented, float* alpha, qt_target target);
-
-/* ppl float32 [size]; cu_seqlens int32 [segments + 1]; num_keep int64 [segments]; out: bytes 0 or 1 [size]. */
-int qt_cuda_select_tokens(const float* ppl, int64_t size, const int32_t* cu_seqlens, const int64_t* num_keep,
-                          int64_t segments, double neighbor_weight, int32_t keep_high, int32_t neighbor_mean,
-                          uint8_t* out, qt_target target);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-// How a block finds its part of a row of logits, and how threads reduce what they folded.
+// How a block finds its part of a row of logits, and how threads merge their partial rows.
 #pragma once
 
 #include "qtuning_cuda.h"
@@ -81,14 +81,14 @@ struct Span {
 };
 
 template <typename R>
-__device__ __forceinline__ OnlineStats<R> exchange(OnlineStats<R> s, int distance) {
-  return {__shfl_xor_sync(0xffffffffu, s.max, distance), __shfl_xor_sync(0xffffffffu, s.sum, distance),
-          __shfl_xor_sync(0xffffffffu, s.weighted, distance)};
+__device__ __forceinline__ OnlineStats<R> shuffle_xor(OnlineStats<R> s, int distance) {
+  return {__shfl_xor_sync(0xffffffffu, s.row_max, distance), __shfl_xor_sync(0xffffffffu, s.sum_exp, distance),
+          __shfl_xor_sync(0xffffffffu, s.sum_shifted_exp, distance)};
 }
 
 template <typename R>
 __device__ __forceinline__ OnlineStats<R> merge_warp(OnlineStats<R> s, int lanes = 32) {
-  for (int distance = lanes / 2; distance; distance /= 2) s = merge_bits(s, exchange(s, distance));
+  for (int distance = lanes / 2; distance; distance /= 2) s = merge(s, shuffle_xor(s, distance));
   return s;
 }
 

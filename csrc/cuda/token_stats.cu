@@ -1,5 +1,5 @@
 // token_stats: nll, entropy, row_max and log_sum of every row in one read of the logits.
-#include "fold.cuh"
+#include "online_update.cuh"
 #include "interface.cuh"
 
 namespace qt {
@@ -10,7 +10,7 @@ struct Forward {
   Labels labels;
   unsigned size_c;
   int vocabulary;
-  Units<R> units;
+  Factors<R> factors;
   R *nll, *entropy, *row_max, *log_sum;
   OnlineStats<R>* parts;  // [rows, blocks per row]; null: one block per row
 };
@@ -22,9 +22,9 @@ __device__ void write_row(const Forward<R>& in, unsigned row, int64_t label, Onl
     R bits = R(NAN);
     if (label >= 0 && label < in.vocabulary) {
       const T* logits = reinterpret_cast<const T*>(in.logits.at(row / in.size_c, row % in.size_c));
-      bits = R(fma(scaled<FORM>(R(to_real(logits[label])), in.units), in.units.unit, -stats.max));
+      bits = R(fma(scaled<FORM>(R(to_real(logits[label])), in.factors), in.factors.unit, -stats.row_max));
     }
-    out = finish_bits(stats, bits);
+    out = finalize<R>(stats, bits);
   }
   in.nll[row] = out.nll;
   in.entropy[row] = out.entropy;
@@ -33,21 +33,21 @@ __device__ void write_row(const Forward<R>& in, unsigned row, int64_t label, Onl
 }
 
 // Reads itemsize bytes per element once, and a label per row; writes 4 statistics, or one partial row per block.
-// Identity (r, S, T) = (-1e30, 0, 0). Each thread folds 16-byte vectors into its own partial row, so the loop has no
+// Identity (r, S, T) = (-1e30, 0, 0). Each thread adds 16-byte vectors to its own partial row, so the loop has no
 // barrier and no shuffle; the block merges once, behind it.
 template <typename T, Form FORM>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP ? 2 : kResident)
-    token_stats_kernel(const Forward<typename Real<T>::type> in) {
-  using R = typename Real<T>::type;
+    token_stats_kernel(const Forward<Real<T>> in) {
+  using R = Real<T>;
   const unsigned row = blockIdx.x;
   const int64_t label = in.labels[row];
   if (label == in.labels.ignore_index) {
-    if (!in.parts && threadIdx.x == 0) write_row<FORM, T>(in, row, label, empty_bits<R>());
+    if (!in.parts && threadIdx.x == 0) write_row<FORM, T>(in, row, label, empty_stats<R>());
     return;
   }
   const char* begin = in.logits.at(row / in.size_c, row % in.size_c);
   const Span<T> span(begin, in.vocabulary);
-  OnlineStats<R> stats = empty_bits<R>();
+  OnlineStats<R> stats = empty_stats<R>();
 
   const char* from = begin + span.before * sizeof(T);
   unsigned offset = (unsigned(span.first) + threadIdx.x) * 16;
@@ -57,17 +57,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
 #pragma unroll 1
     for (; offset < pairs_end; offset += 2 * kTrip) {
       const uint4 vectors[2] = {vector_at(from, offset)[0], vector_at(from, offset)[kThreads]};
-      fold<FORM, 2, T>(stats, vectors, in.units);
+      online_update<FORM, 2, T>(stats, vectors, in.factors);
     }
   }
 #pragma unroll 1
   for (; offset < end; offset += kTrip) {
     const uint4 vectors[1] = {*vector_at(from, offset)};
-    fold<FORM, 1, T>(stats, vectors, in.units);
+    online_update<FORM, 1, T>(stats, vectors, in.factors);
   }
   if (int(threadIdx.x) < span.edges) {
     const R x = to_real(reinterpret_cast<const T*>(begin)[span.edge()]);
-    fold_one(stats, scaled<FORM>(x, in.units), in.units.unit);
+    update_one(stats, scaled<FORM>(x, in.factors), in.factors.unit);
   }
 
   stats = merge_block(stats);
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
 // One warp per row: merges the partial rows of its blocks. Ignored rows have none.
 template <typename T, Form FORM>
 __global__ void __launch_bounds__(32)
-    combine_kernel(const Forward<typename Real<T>::type> in, int blocks) {
-  using R = typename Real<T>::type;
+    combine_kernel(const Forward<Real<T>> in, int blocks) {
+  using R = Real<T>;
   const unsigned row = blockIdx.x;
   const int64_t label = in.labels[row];
-  OnlineStats<R> stats = empty_bits<R>();
+  OnlineStats<R> stats = empty_stats<R>();
   if (label != in.labels.ignore_index && int(threadIdx.x) < blocks)
     stats = in.parts[int64_t(row) * blocks + threadIdx.x];
   stats = merge_warp(stats);
@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(32)
 template <typename T, Form FORM>
 static int run(const qt_logits& logits, const qt_labels& labels, qt_scaling scaling, const qt_statistics& out, void* parts,
         int blocks, qt_target target) {
-  using R = typename Real<T>::type;
+  using R = Real<T>;
   const Forward<R> in = {rows(logits),
                          view(labels),
                          unsigned(logits.size_c),
                          int(logits.vocabulary),
-                         units_of<R>(scaling),
+                         factors_of<R>(scaling),
                          static_cast<R*>(out.nll),
                          static_cast<R*>(out.entropy),
                          static_cast<R*>(out.row_max),

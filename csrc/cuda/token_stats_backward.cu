@@ -10,24 +10,42 @@ struct Backward {
   Labels labels;
   unsigned size_c;
   int vocabulary;
-  Units<R> units;
+  Factors<R> factors;
   const R *entropy, *row_max, *log_sum;
   const R *grad_nll, *grad_entropy, *grad_lse;  // null: 0
 };
 
+#ifdef __CUDA_ARCH__
+QT_FUNCTION float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+QT_FUNCTION double rounded_product(double x, double y) { return __dmul_rn(x, y); }
+#else
+QT_FUNCTION float rounded_product(float x, float y) { return x * y; }
+QT_FUNCTION double rounded_product(double x, double y) { return x * y; }
+#endif
+
+// The reference is lse in bits. A large common offset leaves it a rounding error, which is known.
+template <typename R>
+QT_FUNCTION GradientBits<R> gradient_bits_of(const RowGradient<R>& row, R slope) {
+  const R high = rounded_product(row.row_max, Log2<R>::e), low = rounded_product(row.log_sum, Log2<R>::e);
+  const R reference = high + low;
+  const R part = reference - high;
+  const R excess = -((high - (reference - part)) + (low - part) + R(fma(row.row_max, Log2<R>::e, -high)));
+  return gradient_bits_of(reference, excess, row, slope);
+}
+
 template <Form FORM, bool HAS_ENTROPY, typename R>
-QT_FUNCTION R gradient_of_x(R x, const Units<R>& units, const GradientBits<R>& row) {
-  const R y = scaled<FORM>(x, units);
-  const R g = gradient_of_bits<HAS_ENTROPY>(R(fma(y, units.unit, -row.reference)), row);
+QT_FUNCTION R gradient_of_x(R x, const Factors<R>& factors, const GradientBits<R>& row) {
+  const R y = scaled<FORM>(x, factors);
+  const R g = gradient_of_bits<HAS_ENTROPY>(R(fma(y, factors.unit, -row.reference)), row);
   return FORM == Form::SOFTCAP ? g * (R(1) - y * y) : g;
 }
 
 // `x` with its sign turned already if FORM asks for that; `bounded`: neither is -inf
 template <Form FORM, bool HAS_ENTROPY>
-QT_FUNCTION Pair gradient_pair(Pair x, const Units<float>& units, const GradientBits<float>& row, bool bounded) {
+QT_FUNCTION Pair gradient_pair(Pair x, const Factors<float>& factors, const GradientBits<float>& row, bool bounded) {
   if (FORM == Form::SOFTCAP)
-    return {gradient_of_x<FORM, HAS_ENTROPY>(x.x, units, row), gradient_of_x<FORM, HAS_ENTROPY>(x.y, units, row)};
-  Pair t = fma_pair(x, {units.unit, units.unit}, {-row.reference, -row.reference});
+    return {gradient_of_x<FORM, HAS_ENTROPY>(x.x, factors, row), gradient_of_x<FORM, HAS_ENTROPY>(x.y, factors, row)};
+  Pair t = fma_pair(x, {factors.unit, factors.unit}, {-row.reference, -row.reference});
   const Pair p = {exp2_of(t.x), exp2_of(t.y)};
   if (!HAS_ENTROPY) return mul_pair(p, {row.a, row.a});
   if (!bounded) t = {fmaxf(t.x, no_bits<float>()), fmaxf(t.y, no_bits<float>())};
@@ -35,14 +53,14 @@ QT_FUNCTION Pair gradient_pair(Pair x, const Units<float>& units, const Gradient
 }
 
 template <typename T, Form FORM, bool HAS_ENTROPY>
-QT_FUNCTION uint4 gradient(uint4 vector, const Units<typename Real<T>::type>& units,
-                           const GradientBits<typename Real<T>::type>& row) {
+QT_FUNCTION uint4 gradient(uint4 vector, const Factors<Real<T>>& factors,
+                           const GradientBits<Real<T>>& row) {
   uint32_t w[4];
   to_words(vector, w);
   if constexpr (sizeof(T) == 8) {
     for (int i = 0; i < 2; ++i) {
       const double x = bit_cast<double>(uint64_t(w[2 * i + 1]) << 32 | w[2 * i]);
-      const uint64_t g = bit_cast<uint64_t>(gradient_of_x<FORM, HAS_ENTROPY>(x, units, row));
+      const uint64_t g = bit_cast<uint64_t>(gradient_of_x<FORM, HAS_ENTROPY>(x, factors, row));
       w[2 * i] = uint32_t(g), w[2 * i + 1] = uint32_t(g >> 32);
     }
   } else if constexpr (sizeof(T) == 4) {
@@ -50,7 +68,7 @@ QT_FUNCTION uint4 gradient(uint4 vector, const Units<typename Real<T>::type>& un
     for (int i = 0; i < 2; ++i) {
       const uint32_t sign = FORM == Form::NEGATED ? 0x80000000u : 0;
       const Pair x = {bit_cast<float>(w[2 * i] ^ sign), bit_cast<float>(w[2 * i + 1] ^ sign)};
-      const Pair g = gradient_pair<FORM, HAS_ENTROPY>(x, units, row, false);
+      const Pair g = gradient_pair<FORM, HAS_ENTROPY>(x, factors, row, false);
       w[2 * i] = bit_cast<uint32_t>(g.x), w[2 * i + 1] = bit_cast<uint32_t>(g.y);
     }
   } else {
@@ -59,22 +77,22 @@ QT_FUNCTION uint4 gradient(uint4 vector, const Units<typename Real<T>::type>& un
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t word = FORM == Form::NEGATED ? w[i] ^ 0x80008000u : w[i];
-      if (BOUNDED) word = max_pair_nan(word, units.floor, bfloat16{});
-      w[i] = pack(gradient_pair<FORM, HAS_ENTROPY>(unpack(word, T{}), units, row, BOUNDED), T{});
+      if (BOUNDED) word = max_pair(word, factors.floor, bfloat16{});
+      w[i] = pack(gradient_pair<FORM, HAS_ENTROPY>(unpack(word, T{}), factors, row, BOUNDED), T{});
     }
   }
   return {w[0], w[1], w[2], w[3]};
 }
 
-// A live row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
+// An active row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
 // With p = e^((z-m) - log S): g_nll (p - 1[y]) - g_entropy p (log p + entropy) + g_lse p = p (a + b log2 p) - g_nll 1[y].
-// The thread that handles the label's element reads it before its loop and writes it again behind, from float32, so
+// The thread that handles the label's element reads it before its loop and writes it again after it, from float32, so
 // that no barrier is needed. SAME_LEAD: every row of logits and gradient begins at the same place within 16 bytes;
 // otherwise stores stay aligned, and each load takes the two vectors that it straddles.
 template <typename T, Form FORM, bool HAS_ENTROPY, bool SAME_LEAD>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP || !SAME_LEAD ? 2 : kResident)
-    token_stats_backward_kernel(const Backward<typename Real<T>::type> in) {
-  using R = typename Real<T>::type;
+    token_stats_backward_kernel(const Backward<Real<T>> in) {
+  using R = Real<T>;
   constexpr bool PAIRS = FORM != Form::SOFTCAP;
   const unsigned row = blockIdx.x;
   const int64_t label = in.labels[row];
@@ -96,12 +114,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
     return;
   }
 
-  const bool possible = label >= 0 && label < in.vocabulary;
-  const R grad_p = possible ? grad_nll + grad_lse : R(NAN);
+  const bool in_range = label >= 0 && label < in.vocabulary;
+  const R grad_p = in_range ? grad_nll + grad_lse : R(NAN);
   const RowGradient<R> upstream = {in.row_max[row], in.log_sum[row], in.entropy[row], grad_p, grad_entropy, grad_nll};
-  const GradientBits<R> bits = gradient_bits_of(upstream, in.units.slope);
+  const GradientBits<R> bits = gradient_bits_of(upstream, in.factors.slope);
   const T* logits = reinterpret_cast<const T*>(in.logits.at(row / in.size_c, row % in.size_c));
-  const bool owns_label = possible && span.owns(int(label));
+  const bool owns_label = in_range && span.owns(int(label));
   R x_label = R(0);
   if (owns_label) x_label = to_real(logits[label]);
 
@@ -111,28 +129,28 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
 #pragma unroll 1
       for (; offset < pairs_end; offset += 2 * kTrip) {
         const uint4 first = vector_at(from, offset)[0], second = vector_at(from, offset)[kThreads];
-        vector_at(to, offset)[0] = gradient<T, FORM, HAS_ENTROPY>(first, in.units, bits);
-        vector_at(to, offset)[kThreads] = gradient<T, FORM, HAS_ENTROPY>(second, in.units, bits);
+        vector_at(to, offset)[0] = gradient<T, FORM, HAS_ENTROPY>(first, in.factors, bits);
+        vector_at(to, offset)[kThreads] = gradient<T, FORM, HAS_ENTROPY>(second, in.factors, bits);
       }
     }
 #pragma unroll 1
     for (; offset < end; offset += kTrip)
-      *vector_at(to, offset) = gradient<T, FORM, HAS_ENTROPY>(*vector_at(from, offset), in.units, bits);
+      *vector_at(to, offset) = gradient<T, FORM, HAS_ENTROPY>(*vector_at(from, offset), in.factors, bits);
   } else {
     const char* from = reinterpret_cast<const char*>(logits + span.before);
 #pragma unroll 1
     for (; offset < end; offset += kTrip)
-      *vector_at(to, offset) = gradient<T, FORM, HAS_ENTROPY>(load_unaligned(from + offset), in.units, bits);
+      *vector_at(to, offset) = gradient<T, FORM, HAS_ENTROPY>(load_unaligned(from + offset), in.factors, bits);
   }
   if (int(threadIdx.x) < span.edges) {
     const int i = span.edge();
-    store(out + i, gradient_of_x<FORM, HAS_ENTROPY>(R(to_real(logits[i])), in.units, bits));
+    store(out + i, gradient_of_x<FORM, HAS_ENTROPY>(R(to_real(logits[i])), in.factors, bits));
   }
   if (owns_label) {
-    const R y = scaled<FORM>(x_label, in.units);
-    const R slope = FORM == Form::SOFTCAP ? in.units.slope * (R(1) - y * y) : in.units.slope;
+    const R y = scaled<FORM>(x_label, in.factors);
+    const R slope = FORM == Form::SOFTCAP ? in.factors.slope * (R(1) - y * y) : in.factors.slope;
     const R subtracted = in.grad_nll ? in.grad_nll[row] * slope : R(0);  // read again: a register less in the loop
-    store(out + label, gradient_of_x<FORM, HAS_ENTROPY>(x_label, in.units, bits) - subtracted);
+    store(out + label, gradient_of_x<FORM, HAS_ENTROPY>(x_label, in.factors, bits) - subtracted);
   }
 }
 
@@ -149,14 +167,14 @@ static bool same_lead(const qt_logits& logits, const qt_logits& grad) {
 template <typename T, Form FORM, bool HAS_ENTROPY>
 static int run(const qt_logits& logits, const qt_logits& grad, const qt_labels& labels, const qt_upstream& upstream,
         qt_scaling scaling, int blocks, qt_target target) {
-  using R = typename Real<T>::type;
+  using R = Real<T>;
   auto values = [](const void* pointer) { return static_cast<const R*>(pointer); };
   const Backward<R> in = {rows(logits),
                           rows(grad),
                           view(labels),
                           unsigned(logits.size_c),
                           int(logits.vocabulary),
-                          units_of<R>(scaling),
+                          factors_of<R>(scaling),
                           values(upstream.entropy),
                           values(upstream.row_max),
                           values(upstream.log_sum),

@@ -4,8 +4,8 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <string.h>
 
+#include "../core/element.h"
 #include "../core/online_stats.h"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -15,22 +15,6 @@
 #endif
 
 namespace qt {
-
-// 16-bit types by their bits: the toolkit's own headers are not needed, nor known to a host compiler
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-template <typename To, typename From>
-QT_FUNCTION To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 struct Pair {
   float x, y;
@@ -73,19 +57,8 @@ QT_FUNCTION Pair mul_pair(Pair a, Pair b) {
 }
 
 // bfloat16 is the upper half of a float32
-QT_FUNCTION float to_real(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 QT_FUNCTION Pair unpack(uint32_t word, bfloat16) {
   return {bit_cast<float>(word << 16), bit_cast<float>(word & 0xffff0000u)};
-}
-
-QT_FUNCTION float to_real(float16 x) {
-#ifdef __CUDA_ARCH__
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
-  return result;
-#else
-  return float(bit_cast<_Float16>(x.bits));
-#endif
 }
 QT_FUNCTION Pair unpack(uint32_t word, float16) {
   return {to_real(float16{uint16_t(word)}), to_real(float16{uint16_t(word >> 16)})};
@@ -98,11 +71,7 @@ QT_FUNCTION uint32_t pack(Pair pair, bfloat16) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pair.y), "f"(pair.x));
   return word;
 #else
-  auto round = [](float x) -> uint32_t {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  };
-  return round(pair.x) | round(pair.y) << 16;
+  return from_real(pair.x, bfloat16{}).bits | uint32_t(from_real(pair.y, bfloat16{}).bits) << 16;
 #endif
 }
 QT_FUNCTION uint32_t pack(Pair pair, float16) {
@@ -111,47 +80,34 @@ QT_FUNCTION uint32_t pack(Pair pair, float16) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pair.y), "f"(pair.x));
   return word;
 #else
-  return bit_cast<uint16_t>(_Float16(pair.x)) | uint32_t(bit_cast<uint16_t>(_Float16(pair.y))) << 16;
+  return from_real(pair.x, float16{}).bits | uint32_t(from_real(pair.y, float16{}).bits) << 16;
 #endif
 }
 
-QT_FUNCTION float to_real(float x) { return x; }
-QT_FUNCTION double to_real(double x) { return x; }
 QT_FUNCTION void store(bfloat16* to, float x) { to->bits = uint16_t(pack(Pair{x, 0}, bfloat16{})); }
 QT_FUNCTION void store(float16* to, float x) { to->bits = uint16_t(pack(Pair{x, 0}, float16{})); }
 QT_FUNCTION void store(float* to, float x) { *to = x; }
 QT_FUNCTION void store(double* to, double x) { *to = x; }
 
-// Both halves at once. A NaN loses against a number in max_pair and wins in max_pair_nan.
+// The larger ones of both halves, each NaN if one of its two is.
 QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, bfloat16) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  return word;
-#else
-  const Pair x = unpack(a, bfloat16{}), y = unpack(b, bfloat16{});
-  return pack(Pair{fmaxf(x.x, y.x), fmaxf(x.y, y.y)}, bfloat16{});
-#endif
-}
-QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, float16) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  return word;
-#else
-  const Pair x = unpack(a, float16{}), y = unpack(b, float16{});
-  return pack(Pair{fmaxf(x.x, y.x), fmaxf(x.y, y.y)}, float16{});
-#endif
-}
-QT_FUNCTION uint32_t max_pair_nan(uint32_t a, uint32_t b, bfloat16) {
 #ifdef __CUDA_ARCH__
   uint32_t word;
   asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 #else
   const Pair x = unpack(a, bfloat16{}), y = unpack(b, bfloat16{});
-  auto larger = [](float p, float q) { return p != p ? p : q != q ? q : fmaxf(p, q); };
-  return pack(Pair{larger(x.x, y.x), larger(x.y, y.y)}, bfloat16{});
+  return pack(Pair{max_nan(x.x, y.x), max_nan(x.y, y.y)}, bfloat16{});
+#endif
+}
+QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, float16) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+#else
+  const Pair x = unpack(a, float16{}), y = unpack(b, float16{});
+  return pack(Pair{max_nan(x.x, y.x), max_nan(x.y, y.y)}, float16{});
 #endif
 }
 
@@ -159,15 +115,6 @@ template <typename T>
 constexpr bool kIsBfloat16 = false;
 template <>
 constexpr bool kIsBfloat16<bfloat16> = true;
-
-template <typename T>
-struct Real {
-  using type = float;
-};
-template <>
-struct Real<double> {
-  using type = double;
-};
 
 // elements in 16 bytes
 template <typename T>

@@ -72,16 +72,6 @@ template <typename V>
 V __shfl_xor_sync(unsigned, V value, int distance) {
   return emulator::exchange_value(value, threadIdx.x % 32 ^ unsigned(distance));
 }
-template <typename V>
-V __shfl_up_sync(unsigned, V value, unsigned distance) {
-  const unsigned lane = threadIdx.x % 32;
-  return emulator::exchange_value(value, lane >= distance ? lane - distance : lane);
-}
-inline int atomicAdd(int* address, int value) {
-  const int before = *address;
-  *address += value;
-  return before;
-}
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
@@ -90,9 +80,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 // few, so that small tests have rows enough for one block each, and yet more than one block for a single row
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 4, cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return memset(to, value, bytes), cudaSuccess;
-}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {

@@ -37,12 +37,6 @@ FUNCTIONS = {
         *(POINTER(Logits), POINTER(Logits), POINTER(Labels), POINTER(Upstream)),
         *(Scaling, Target),
     ),
-    "qt_cuda_segment_means": (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, Target),
-    "qt_cuda_triage_rank": (c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 6, Target),
-    "qt_cuda_select_tokens": (
-        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_double, c_int32, c_int32),
-        *(c_void_p, Target),
-    ),
 }
 
 

@@ -1,9 +1,10 @@
-"""What is particular to the CUDA kernels, run by the emulator on the CPU; tests/operators holds them to float64.
+"""What is particular to the CUDA kernels, run by the emulator on the CPU; test_token_stats.py holds them to float64.
 
 Alignment: rows begin anywhere within 16 bytes, and end anywhere. Several blocks per row: the emulator has four
 multiprocessors, so that one wave is 32 blocks. Races: threads run in another order.
 """
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import qtuning_kernels as qk
+from qtuning_kernels.kernels import dispatch
 from tests import cuda_emulator
 
 from . import truth
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 def emulated(monkeypatch):
     cuda_emulator.serve_cpu(monkeypatch)
     monkeypatch.setenv("QTUNING_BACKEND", "cuda")
+    importlib.import_module("qtuning_kernels.kernels.cuda")  # registers the operators
 
 
 def run(x, labels, upstream, inplace=False):
@@ -85,34 +88,51 @@ def test_the_order_of_threads_does_not_matter(emulated, monkeypatch, dtype):
     labels = torch.randint(0, 4099, (24,))
     labels[:4] = torch.tensor([0, 1, 4097, 4098])
     upstream = list(torch.randn(3, 24, dtype=torch.float64))
-    ppl, cu_seqlens = torch.randint(0, 9, (900,)).float(), torch.tensor([0, 600, 900], dtype=torch.int32)
     results = []
     for last_first in (False, True):
         if last_first:
             monkeypatch.setenv("QTUNING_EMULATOR_REVERSED", "1")
         stats, grad = run(x.clone(), labels, upstream, inplace=True)
-        triage = torch.ops.qtuning_kernels.triage_rank(ppl, ppl.flip(0), 200)
-        mask = torch.ops.qtuning_kernels.select_tokens(ppl, cu_seqlens, torch.tensor([200, 100]), 0.3, False, False)
-        results.append((*stats, grad, *triage, mask))
+        results.append((*stats, grad))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-def test_pool_over_the_limit_is_refused(emulated):
-    x = torch.rand(4097)
-    with pytest.raises(ValueError, match="size is 4097; accepted: 1 to 4096"):
-        torch.ops.qtuning_kernels.triage_rank(x, x, 5)
+@pytest.mark.parametrize("scaling", [(-100, 1.0, None), (-100, -2.0, None), (-100, 1.0, 30.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [3, 5000, 70_001])
+def test_no_finite_maximum(emulated, dtype, size, scaling):
+    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp; −inf − (−inf)
+    would make lse NaN. Under a softcap an infinite logit is a finite z. Edges, vectors and, for 70,001 logits, several blocks
+    per row find them."""
+    high = -torch.inf if scaling[1] < 0 else torch.inf
+    logits = torch.randn(1, 8, size).to(dtype)
+    logits[0, 0] = -high
+    for row, position in enumerate((0, size // 2, size - 1), 1):
+        logits[0, row, position] = high
+        logits[0, row + 3, position] = torch.nan
+    logits[0, 7, 0], logits[0, 7, -1] = high, torch.nan
+    labels = torch.zeros(1, 8, dtype=torch.long)
+    nll, entropy, row_max, log_sum = stats = torch.ops.qtuning_cuda.token_stats(logits, labels, *scaling)
+    lse = torch.logsumexp(truth.scaled(logits.double(), *scaling[1:]), -1)
+    torch.testing.assert_close(row_max.double() + log_sum, lse, equal_nan=True, rtol=1e-6, atol=1e-6)
+    infinite = torch.isinf(row_max)
+    assert infinite[0].tolist() == [scaling[2] is None] * 4 + [False] * 4
+    assert (log_sum[infinite] == 0).all()
+    assert torch.isnan(nll[infinite]).all()
+    assert torch.isnan(entropy[infinite]).all()
+    assert all(torch.isnan(s[0, 4:]).all() for s in stats)
+    ones = [torch.ones(1, 8).to(nll.dtype)] * 3
+    grad = torch.ops.qtuning_cuda.token_stats_backward(logits, labels, *stats[1:], *ones, *scaling)
+    assert torch.isnan(grad[0, 4:]).all()
 
 
-@pytest.mark.parametrize("size", [1025, 4096])
-def test_triage_of_large_pools(emulated, size):
-    """More samples than threads: each thread looks after several."""
-    from qtuning_kernels.pruning import operators as reference_policy
-
-    ppl, entropy = torch.randint(0, 500, (2, size)).float()
-    actual = torch.ops.qtuning_kernels.triage_rank(ppl, entropy, size // 4)
-    for a, e in zip(actual, reference_policy.triage_rank(ppl, entropy, size // 4), strict=True):
-        assert torch.equal(a, e)
+@pytest.mark.parametrize("name", dispatch.SCHEMAS)
+def test_operators_have_the_schemas_of_the_dispatcher(emulated, name):
+    """token_stats_backward_ was registered without a schema, and so declared no mutation of the logits."""
+    schema = getattr(torch.ops.qtuning_cuda, name).default._schema
+    assert str(schema) == str(torch._C.parse_schema(f"qtuning_cuda::{name}{dispatch.SCHEMAS[name]}"))
+    assert schema.is_mutable == name.endswith("_")
 
 
 GUARDED = """

@@ -127,27 +127,6 @@ def test_gradients_must_match_the_logits(library):
     assert "grad is [2, 3, 49]; accepted: the logits' [2, 3, 50]" in message(library)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "code", "text"),
-    [
-        ("segment_means", ("a", c.BFLOAT16, 1, 5, "a", 2, "a"), c.BAD_DTYPE, "values has dtype 2"),
-        ("segment_means", ("a", c.FLOAT32, -1, 5, "a", 2, "a"), c.BAD_SIZE, "rows is -1"),
-        ("segment_means", (None, c.FLOAT32, 1, 5, "a", 2, "a"), c.NULL_POINTER, "values is NULL"),
-        ("triage_rank", ("a", "a", 4097, 8, *"aaaaaa"), c.BAD_SIZE, "size is 4097; accepted: 1 to 4096"),
-        ("triage_rank", ("a", "a", 8, 9, *"aaaaaa"), c.BAD_SIZE, "k is 9; accepted: 1 to 8"),
-        ("triage_rank", ("a", None, 8, 2, *"aaaaaa"), c.NULL_POINTER, "entropy is NULL"),
-        ("select_tokens", ("a", 5, "a", "a", 2, 1.5, 0, 0, "a"), c.BAD_VALUE, "neighbor_weight is 1.5"),
-        ("select_tokens", ("a", -5, "a", "a", 2, 0.5, 0, 0, "a"), c.BAD_SIZE, "size is -5"),
-        ("select_tokens", ("a", 5, "a", None, 2, 0.5, 0, 0, "a"), c.NULL_POINTER, "num_keep is NULL"),
-    ],
-)
-def test_policy_arguments_are_refused(library, name, arguments, code, text):
-    call = Call()
-    given = [call.address if x == "a" else x for x in arguments]
-    assert getattr(library, f"qt_cuda_{name}")(*given, call.target) == code
-    assert text in message(library)
-
-
 def test_nothing_to_do_needs_no_device(library):
     call = Call()
     call.logits.size_a = call.grad.size_a = 0
