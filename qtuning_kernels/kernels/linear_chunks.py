@@ -7,6 +7,7 @@ gradient in place, which two more products read. So statistics and gradient see 
 Products: 2NHV to score; 6NHV for loss and gradients, 4NHV with a frozen head, where N counts the rows that take part.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from qtuning_kernels.kernels.dispatch import register, row_operators
 # Logits held at a time, in bytes, by device; more rows at a time are fewer passes over the head and its gradient.
 _WORKSPACE = {"cpu": 56 << 20}
 _WORKSPACE_ELSEWHERE = 256 << 20
+_KEPT = threading.local()
 
 
 class _Head(NamedTuple):
@@ -41,7 +43,14 @@ class _Head(NamedTuple):
         return size // self.hidden.element_size()
 
     def workspace(self, elements: int) -> Tensor:
-        return self.hidden.new_empty(elements)
+        """Memory for so many logits. On a CPU a thread keeps it: its pages would be faulted in at every call."""
+        size = _WORKSPACE.get(self.hidden.device.type, 0)
+        if elements * self.hidden.element_size() > size:
+            return self.hidden.new_empty(elements)
+        if getattr(_KEPT, "memory", None) is None or _KEPT.memory.numel() != size:
+            with torch.inference_mode(False):  # or it could not be written outside of that mode
+                _KEPT.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return _KEPT.memory.view(self.hidden.dtype)[:elements]
 
     def logits(self, hidden: Tensor, workspace: Tensor, start: int = 0, end: int | None = None) -> Tensor:
         """Columns [start, end) of the logits of `hidden`, in the workspace."""
