@@ -102,9 +102,9 @@ def test_the_order_of_threads_does_not_matter(emulated, monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [3, 5000, 70_001])
 def test_no_finite_maximum(emulated, dtype, size, scaling):
-    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp; −inf − (−inf)
-    would make lse NaN. Under a softcap an infinite logit is a finite z. Edges, vectors and, for 70,001 logits, several blocks
-    per row find them."""
+    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp;
+    −inf − (−inf) would make lse NaN. Under a softcap an infinite logit is a finite z. Edges, vectors and, for
+    70,001 logits, several blocks per row find them."""
     high = -torch.inf if scaling[1] < 0 else torch.inf
     logits = torch.randn(1, 8, size).to(dtype)
     logits[0, 0] = -high

@@ -125,9 +125,10 @@ def error_quantiles(actual, expected):
 
 @pytest.mark.parametrize("center", [0, -1000])
 def test_a_softcap_of_1000_is_no_less_accurate_than_pytorch(center):
-    """A softcap multiplies the error of tanh: with one of 2 units in the last place the logits 300·randn - 1000 in float16,
-    scaled by 2.5 and capped at 1000, have z wrong by 1e-4, and the entropy of rows of 65 a largest error of 2.5e-5, where
-    PyTorch's is 2.1e-5. Single rows say little: each error is one rounding of z at 250, large or small by chance."""
+    """A softcap multiplies the error of tanh: with one of 2 units in the last place the logits 300·randn - 1000 in
+    float16, scaled by 2.5 and capped at 1000, have z wrong by 1e-4, and the entropy of rows of 65 a largest error
+    of 2.5e-5, where PyTorch's is 2.1e-5. Single rows say little: each error is one rounding of z at 250, large or
+    small by chance."""
     generator = torch.Generator().manual_seed(0)
     logits = (300 * torch.randn(1, 20000, 65, generator=generator) + center).half()
     labels = torch.randint(65, (1, 20000), generator=generator)
@@ -145,8 +146,8 @@ def test_a_softcap_of_1000_is_no_less_accurate_than_pytorch(center):
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("scaling", [(-100, 1.0, None), (-100, 0.3, None), (-100, -0.3, None)], ids=str)
 def test_common_offset_of_statistics_and_gradient(offset, scaling):
-    """1e4·log2 e in float32 is wrong by up to 5e-4 bits: a reference that is rounded so, and not made up for, puts a factor
-    of 1.0003 on all p of a row."""
+    """1e4·log2 e in float32 is wrong by up to 5e-4 bits: a reference that is rounded so, and not made up for, puts
+    a factor of 1.0003 on all p of a row."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.round(torch.randn(1, 50, 3000, generator=generator) * 4 * 256) / 256 + offset
     labels = torch.randint(3000, (1, 50), generator=generator)
@@ -170,8 +171,9 @@ def test_common_offset_of_statistics_and_gradient(offset, scaling):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [3, 5000, 40000])
 def test_no_finite_maximum(dtype, size, scaling):
-    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp; −inf − (−inf)
-    would make lse NaN. Under a softcap an infinite logit is a finite z. The position tells blocks and chunks apart."""
+    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp;
+    −inf − (−inf) would make lse NaN. Under a softcap an infinite logit is a finite z. The position tells blocks and
+    chunks apart."""
     if scaling[1] < 0:
         high, low = -torch.inf, torch.inf
     else:
@@ -185,7 +187,9 @@ def test_no_finite_maximum(dtype, size, scaling):
     labels = torch.zeros(1, 8, dtype=torch.long)
     nll, entropy, row_max, log_sum = stats = OPS.token_stats(logits, labels, *scaling)
     wide = truth.scaled(logits.double(), *scaling[1:])
-    torch.testing.assert_close((row_max.double() + log_sum), torch.logsumexp(wide, -1), equal_nan=True, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        (row_max.double() + log_sum), torch.logsumexp(wide, -1), equal_nan=True, rtol=1e-6, atol=1e-6
+    )
     infinite = torch.isinf(row_max)
     assert infinite[0].tolist() == [scaling[2] is None] * 4 + [False] * 4
     assert (log_sum[infinite] == 0).all()
