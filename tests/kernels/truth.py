@@ -8,6 +8,7 @@ Errors of gradients are per entry and relative to the entry's own terms (`Terms`
 logits' gradient are below 1e-6, and an absolute bound would not see them.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ def assert_no_worse(name: str, actual: Tensor, torch_same: Tensor, truth: Tensor
     truth = truth.double()
     size = truth.abs()
     ours, theirs = ((x.double() - truth).abs() / size.clamp(min=1.0) for x in (actual, torch_same))
-    for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
+    for low, high in itertools.pairwise(BOUNDS):
         mask = (size >= low) & (size < high)
         if mask.any():
             allowed = epsilon or epsilon_of(actual.dtype, 8 if low >= 1 else 4)
