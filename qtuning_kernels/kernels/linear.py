@@ -169,7 +169,8 @@ def _operands(hidden, weight, bias, labels, ignore_index, logit_scale, softcap):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}; accepted: [V], {list(weight.shape[:1])}")
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+    casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # not for meta
+    if casts and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         operands = {name: tensor.to(dtype) for name, tensor in operands.items()}
     for name, tensor in operands.items():
