@@ -47,11 +47,14 @@ def test_gradients_of_confident_labels(backend, monkeypatch, dtype, chunks):
     truth = gradients(hidden.double(), weight.double(), labels, token_weight.double(), False)
     ours = gradients(hidden, weight, labels, token_weight, True)
     theirs = gradients(hidden, weight, labels, token_weight, False)
-    for name, a, b, true in zip(("hidden", "weight"), ours, theirs, truth, strict=True):
-        scale = true.abs().amax(1).clamp(min=torch.finfo(dtype).smallest_normal)
-        errors = [(x.double() - true).abs().amax(1) / scale for x in (a, b)]
-        excess = (errors[0] - errors[1]).max().item()
-        assert excess <= torch.finfo(dtype).eps, f"{name}: {excess:.3g} over PyTorch's {errors[1].max():.3g}"
+    # p is a float32 number near 1, and float16 ends there: p − 1 is known to 2^-24, of which a row adds a few
+    floor = 8 * 2.0**-24 * token_weight.max().item()
+    for name, a, b, true, factor in zip(("hidden", "weight"), ours, theirs, truth, (weight, hidden), strict=True):
+        errors = [(x.double() - true).abs().amax(1) for x in (a, b)]
+        allowed = errors[1] + torch.finfo(dtype).eps * true.abs().amax(1) + floor * factor.double().abs().max()
+        worst = (errors[0] - allowed).argmax()
+        assert errors[0][worst] <= allowed[worst], f"{name}: {errors[0][worst]:.3g}, PyTorch's {errors[1][worst]:.3g}"
+    assert (ours[0].abs().amax(1) > 1e-4).sum() > 10  # rows that the floor does not hide
 
 
 def test_a_confident_row_by_hand(backend):
