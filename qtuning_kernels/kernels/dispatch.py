@@ -108,14 +108,15 @@ def serving(device: torch.device) -> RowOperators:
     return cast(RowOperators, _module(backend(device)))
 
 
-_SCALING = "int ignore_index, float logit_scale, float? softcap"
-_STATS = "Tensor entropy, Tensor row_max, Tensor log_sum"
-_UPSTREAM = "Tensor? grad_nll, Tensor? grad_entropy, Tensor? grad_lse"
+# arguments that several schemas share
+SCALING = "int ignore_index, float logit_scale, float? softcap"
+STATS = "Tensor entropy, Tensor row_max, Tensor log_sum"
+UPSTREAM = "Tensor? grad_nll, Tensor? grad_entropy, Tensor? grad_lse"
 SCHEMAS = {
     # -> nll, entropy, row_max, log_sum
-    "token_stats": f"(Tensor logits, Tensor labels, {_SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "token_stats_backward": f"(Tensor logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> Tensor",
-    "token_stats_backward_": f"(Tensor(a!) logits, Tensor labels, {_STATS}, {_UPSTREAM}, {_SCALING}) -> ()",
+    "token_stats": f"(Tensor logits, Tensor labels, {SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "token_stats_backward": f"(Tensor logits, Tensor labels, {STATS}, {UPSTREAM}, {SCALING}) -> Tensor",
+    "token_stats_backward_": f"(Tensor(a!) logits, Tensor labels, {STATS}, {UPSTREAM}, {SCALING}) -> ()",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtuning_kernels.kernels.contract import RowStats, Scaling, Upstream, stats_dtype
-from qtuning_kernels.kernels.dispatch import register, row_operators
+from qtuning_kernels.kernels.dispatch import SCALING, STATS, UPSTREAM, register, row_operators
 
 # Logits held at a time, in bytes, by device; more rows at a time are fewer passes over the head and its gradient.
 _WORKSPACE = {"cpu": 56 << 20}
@@ -82,8 +82,10 @@ class _Rows:
     def __init__(self, head: _Head, active: Tensor | None) -> None:
         """`active`: bool ``[N]``, the rows that take part, whose indices are read; None: all of them."""
         self.head = head
-        self.index = None if active is None or bool(active.all()) else active.nonzero().squeeze(1)
+        self.index = None if active is None else active.nonzero().squeeze(1)  # the one wait for the device
         self.count = len(head.labels) if self.index is None else len(self.index)
+        if self.count == len(head.labels):
+            self.index = None
         size = max(1, head.elements() // head.vocabulary)
         chunks = -(-self.count // size)
         self.size = -(-self.count // chunks) if chunks else 0  # chunks of even size
@@ -243,8 +245,9 @@ def _linear_cross_entropy(hidden, weight, bias, labels, token_weight, *rest):
     ignore_index, logit_scale, softcap, output_mask = rest
     head = _Head(hidden, weight, bias, labels, ignore_index, Scaling(logit_scale, softcap))
     dtype = stats_dtype(hidden.dtype)
-    rows = _scored(head)
-    if token_weight is not None:
+    if token_weight is None:
+        rows = _scored(head)
+    else:
         rows = _Rows(head, (labels != ignore_index) & (token_weight != 0))
     needed = slice(0, rows.count)
     weights = torch.ones_like(labels, dtype=dtype) if token_weight is None else token_weight
@@ -280,18 +283,15 @@ def _fake_cross_entropy(hidden, *rest):
 
 
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-_SCALING = "int ignore_index, float logit_scale, float? softcap"
-_STATS = "Tensor entropy, Tensor row_max, Tensor log_sum"
-_UPSTREAM = "Tensor? grad_nll, Tensor? grad_entropy, Tensor? grad_lse"
 # hidden [N, H], weight [V, H], bias [V], per-token tensors [N]. A gradient that output_mask (of hidden, weight and
 # bias) leaves out has no elements.
 SCHEMAS = {
     # -> nll, entropy, row_max, log_sum
-    "linear_token_stats": f"({_OPERANDS}, {_SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "linear_token_stats_backward": f"({_OPERANDS}, {_STATS}, {_UPSTREAM}, {_SCALING}, bool[3] output_mask)"
+    "linear_token_stats": f"({_OPERANDS}, {SCALING}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_token_stats_backward": f"({_OPERANDS}, {STATS}, {UPSTREAM}, {SCALING}, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
     # -> Σ token_weight·nll, and its gradients
-    "linear_cross_entropy": f"({_OPERANDS}, Tensor? token_weight, {_SCALING}, bool[3] output_mask)"
+    "linear_cross_entropy": f"({_OPERANDS}, Tensor? token_weight, {SCALING}, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 register("linear_token_stats", SCHEMAS, _linear_token_stats, _fake_stats)
