@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from qtuning_kernels import QTuningConfig, QTuningTrainer
-from qtuning_kernels.commands.options import load_data, load_model, load_tokenizer, model_source
+from qtuning_kernels.commands.inputs import load_data, load_model, load_tokenizer, model_source
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models.matmul import choose_precision, float32_matmul
 from qtuning_kernels.training.accounting import PHASES

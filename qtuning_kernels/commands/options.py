@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from qtuning_kernels.commands.inputs import load_data, load_model, load_tokenizer, model_source  # noqa: F401 - for benchmarks
 from qtuning_kernels.config import QTuningConfig, check_settings
 
 TOKEN_PRUNING = ("token_ratio", "neighbor_weight", "token_mode", "token_order", "neighbor_reduction")

@@ -74,16 +74,14 @@ def _record(inputs: Inputs, index: int) -> dict[str, Any]:
 def _token_rows(samples: Any, selection: Any, kept: list[int], token_mode: str) -> Iterable[dict[str, Any]]:
     """Tokenised samples, labels −100 where nothing is trained."""
     from qtuning_kernels.data.samples import to_sample
-    from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
     for index in kept:
         row = samples[index]
         sample = to_sample(row["input_ids"], row["labels"], row["sample_id"])
         prune = sample.dropped if token_mode == "drop" else sample.masked
         pruned = prune(selection.keep_of(index))
-        labels = pruned.input_ids.new_full(pruned.input_ids.shape, IGNORE_INDEX)
-        labels[pruned.label_positions] = pruned.labels
-        yield {"sample_id": row["sample_id"], "input_ids": pruned.input_ids.tolist(), "labels": labels.tolist()}
+        labels = pruned.aligned_labels().tolist()
+        yield {"sample_id": row["sample_id"], "input_ids": pruned.input_ids.tolist(), "labels": labels}
 
 
 def _text_rows(inputs: Inputs, selection: Any, kept: list[int], console: Any) -> Iterable[dict[str, Any]]:

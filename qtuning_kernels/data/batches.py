@@ -131,9 +131,7 @@ def put_together(samples: Sequence[Sample], kind: BatchKind) -> dict[str, Any]:
     samples = [sample.trimmed(with_last_label=True) for sample in samples]
     rows = []
     for sample in samples:
-        labels = torch.full_like(sample.input_ids, IGNORE_INDEX)
-        labels[sample.label_positions] = sample.labels
-        row = {**sample.columns, "input_ids": sample.input_ids, "labels": labels}
+        row = {**sample.columns, "input_ids": sample.input_ids, "labels": sample.aligned_labels()}
         if kind.padding_free:
             row["position_ids"] = torch.arange(len(sample.input_ids))
         rows.append(row)

@@ -40,6 +40,12 @@ class Sample:
         end = int(self.label_positions[-1]) + with_last_label if len(self.label_positions) else 1 + with_last_label
         return self._with(slice(0, end), self.label_positions, self.labels)
 
+    def aligned_labels(self) -> Tensor:
+        """int64 ``[L]``: each label beside its token, −100 elsewhere."""
+        labels = torch.full_like(self.input_ids, IGNORE_INDEX)
+        labels[self.label_positions] = self.labels
+        return labels
+
     def masked(self, keep: Tensor) -> "Sample":
         """The same sequence with only the label positions that `keep` (bool ``[T]``) marks."""
         return replace(self, label_positions=self.label_positions[keep], labels=self.labels[keep])

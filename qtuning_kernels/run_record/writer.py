@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qtuning_kernels.files import write_atomic
-from qtuning_kernels.run_record.reader import flatten, read_lines, read_record, read_run
+from qtuning_kernels.run_record.reader import flatten, read_lines, read_run
 from qtuning_kernels.run_record.schema import RECORD_VERSION, TABLES
-
-__all__ = ["RunRecord", "read_record", "write_texts"]
 
 DISTRIBUTIONS = ("qtuning-kernels", "torch", "transformers", "datasets", "accelerate", "peft", "triton")
 TEXT_LIMIT = 2000  # characters of prompt and of answer that texts.jsonl keeps

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of
+from qtuning_kernels.files import write_atomic
 from qtuning_kernels.models.scoring import Scores
 
 
@@ -57,9 +58,8 @@ class ScoreCache:
             "length": torch.tensor([s.shape[1] for s in stats], dtype=torch.int64),
             "stats": torch.cat([torch.zeros(2, 0), *stats], dim=1),
         }
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={**metadata, "ids": json.dumps(ids)})
-        temporary.replace(path)
+        with write_atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={**metadata, "ids": json.dumps(ids)})
 
     def load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qtuning_kernels.data.samples import to_sample
-from qtuning_kernels.run_record.writer import read_record
+from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.distributed import balance_by_tokens
 
 ROOT = Path(__file__).parents[2]

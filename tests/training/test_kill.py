@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qtuning_kernels.run_record.writer import read_record
+from qtuning_kernels.run_record.reader import read_record
 
 ROOT = Path(__file__).parents[2]
 

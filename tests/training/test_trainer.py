@@ -12,7 +12,7 @@ import transformers
 
 import qtuning_kernels as qk
 from qtuning_kernels.data.collator import PoolCollator
-from qtuning_kernels.run_record.writer import read_record
+from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.checkpoints import latest_checkpoint
 from tests.tiny import PRUNING, tiny_model, tiny_samples
 
