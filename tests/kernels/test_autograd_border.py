@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy, linear
 
 import qtuning_kernels as qk
 
+from . import truth
+
 LABELS = torch.tensor([3, 0, 7, 5])
 
 
@@ -253,19 +255,9 @@ def test_tiny_weights_in_half_precision(backend, dtype):
     hidden, weight, labels = (x.to(dtype) if x.is_floating_point() else x for x in operands(32, 16, 64))
     token_weight = torch.full((32,), 1 / 4096)
 
-    def gradients(h, w, fused):
-        leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
-        if fused:
-            loss = qk.linear_cross_entropy(*leaves, labels, token_weight=token_weight)
-        else:
-            logits = linear(*leaves)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            loss = (cross_entropy(logits, labels, reduction="none") * token_weight).sum()
-        return torch.autograd.grad(loss, leaves)
-
-    truth = gradients(hidden.double(), weight.double(), False)
-    for ours, theirs, true in zip(
-        gradients(hidden, weight, True), gradients(hidden, weight, False), truth, strict=True
-    ):
-        errors = [((x.double() - true).abs().max() / true.abs().max()).item() for x in (ours, theirs)]
+    exact = truth.loss_grads(truth.weighted_loss, hidden.double(), weight.double(), labels, token_weight)
+    ours = truth.loss_grads(qk.linear_cross_entropy, hidden, weight, labels, token_weight)
+    theirs = truth.loss_grads(truth.weighted_loss, hidden, weight, labels, token_weight)
+    for a, b, true in zip(ours, theirs, exact, strict=True):
+        errors = [((x.double() - true).abs().max() / true.abs().max()).item() for x in (a, b)]
         assert errors[0] <= errors[1] + torch.finfo(dtype).eps

@@ -8,6 +8,8 @@ from torch.nn.functional import cross_entropy, linear
 import qtuning_kernels as qk
 from qtuning_kernels.kernels import linear_chunks
 
+from . import truth
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -22,17 +24,6 @@ def confident(dtype, rows=48, size=16, vocabulary=300):
     return hidden, weight, labels
 
 
-def gradients(hidden, weight, labels, token_weight, fused):
-    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    if fused:
-        loss = qk.linear_cross_entropy(*leaves, labels, token_weight=token_weight)
-    else:
-        logits = linear(*leaves)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = (cross_entropy(logits, labels, reduction="none") * token_weight).sum()
-    return torch.autograd.grad(loss, leaves)
-
-
 @pytest.mark.parametrize("chunks", ["one chunk", "several chunks"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_gradients_of_confident_labels(backend, monkeypatch, dtype, chunks):
@@ -44,12 +35,13 @@ def test_gradients_of_confident_labels(backend, monkeypatch, dtype, chunks):
         monkeypatch.setattr(linear_chunks, "_WORKSPACE_ELSEWHERE", 8 * 300 * 2)
     hidden, weight, labels = confident(dtype)
     token_weight = torch.rand(len(labels)) + 0.5
-    truth = gradients(hidden.double(), weight.double(), labels, token_weight.double(), False)
-    ours = gradients(hidden, weight, labels, token_weight, True)
-    theirs = gradients(hidden, weight, labels, token_weight, False)
+    doubles = hidden.double(), weight.double(), labels, token_weight.double()
+    exact = truth.loss_grads(truth.weighted_loss, *doubles)
+    ours = truth.loss_grads(qk.linear_cross_entropy, hidden, weight, labels, token_weight)
+    theirs = truth.loss_grads(truth.weighted_loss, hidden, weight, labels, token_weight)
     # p is a float32 number near 1, and float16 ends there: p − 1 is known to 2^-24, of which a row adds a few
     floor = 8 * 2.0**-24 * token_weight.max().item()
-    for name, a, b, true, factor in zip(("hidden", "weight"), ours, theirs, truth, (weight, hidden), strict=True):
+    for name, a, b, true, factor in zip(("hidden", "weight"), ours, theirs, exact, (weight, hidden), strict=True):
         errors = [(x.double() - true).abs().amax(1) for x in (a, b)]
         allowed = errors[1] + torch.finfo(dtype).eps * true.abs().amax(1) + floor * factor.double().abs().max()
         worst = (errors[0] - allowed).argmax()
@@ -79,10 +71,10 @@ def test_gradient_of_logits_of_confident_labels(backend):
         nll = qk.token_stats(z, labels).nll if fused else cross_entropy(z, labels, reduction="none")
         return torch.autograd.grad(nll.sum(), z)[0].double()
 
-    truth = gradient(x.double(), False)
-    off_label = torch.ones_like(truth, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    ours, theirs = (((g - truth) / truth).abs() for g in (gradient(x, True), gradient(x, False)))
-    assert truth[off_label].abs().median() < 1e-6
+    exact = gradient(x.double(), False)
+    off_label = torch.ones_like(exact, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    ours, theirs = (((g - exact) / exact).abs() for g in (gradient(x, True), gradient(x, False)))
+    assert exact[off_label].abs().median() < 1e-6
     assert ours[off_label].max() <= theirs[off_label].max() + 16 * torch.finfo(torch.float32).eps
-    scale = torch.finfo(torch.float32).eps / truth[~off_label].abs()  # p is near 1, and p − 1 keeps its rounding
+    scale = torch.finfo(torch.float32).eps / exact[~off_label].abs()  # p is near 1, and p − 1 keeps its rounding
     assert (ours[~off_label] <= theirs[~off_label] + 4 * scale).all()

@@ -171,34 +171,8 @@ def test_common_offset_of_statistics_and_gradient(offset, scaling):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [3, 5000, 40000])
 def test_no_finite_maximum(dtype, size, scaling):
-    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp;
-    −inf − (−inf) would make lse NaN. Under a softcap an infinite logit is a finite z. The position tells blocks and
-    chunks apart."""
-    if scaling[1] < 0:
-        high, low = -torch.inf, torch.inf
-    else:
-        high, low = torch.inf, -torch.inf
-    logits = torch.randn(1, 8, size).to(dtype)
-    logits[0, 0] = low
-    for row, position in enumerate((0, size // 2, size - 1), 1):
-        logits[0, row, position] = high
-        logits[0, row + 3, position] = torch.nan
-    logits[0, 7, 0], logits[0, 7, -1] = high, torch.nan
-    labels = torch.zeros(1, 8, dtype=torch.long)
-    nll, entropy, row_max, log_sum = stats = OPS.token_stats(logits, labels, *scaling)
-    wide = truth.scaled(logits.double(), *scaling[1:])
-    torch.testing.assert_close(
-        (row_max.double() + log_sum), torch.logsumexp(wide, -1), equal_nan=True, rtol=1e-6, atol=1e-6
-    )
-    infinite = torch.isinf(row_max)
-    assert infinite[0].tolist() == [scaling[2] is None] * 4 + [False] * 4
-    assert (log_sum[infinite] == 0).all()
-    assert torch.isnan(nll[infinite]).all()
-    assert torch.isnan(entropy[infinite]).all()
-    assert all(torch.isnan(s[0, 4:]).all() for s in stats)
-    upstream = list(torch.ones(3, 1, 8))
-    grad = OPS.token_stats_backward(logits, labels, *stats[1:], *upstream, *scaling)
-    assert torch.isnan(grad[0, 4:]).all()
+    """The position tells blocks and chunks apart."""
+    truth.assert_no_finite_maximum(OPS, dtype, size, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
 ULPS = 16  # epsilon of a gradient's entry, of the sum of its terms' magnitudes
 ULPS_OF_FLOAT64 = 64  # there the truth has the same dtype, and so an error of the same size as ours
@@ -53,6 +54,19 @@ def grads(function, inputs, upstream) -> list[Tensor]:
     return [leaf.grad for leaf in leaves]
 
 
+def weighted_loss(hidden: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
+    """Σ token_weight·nll of the logits as `linear` rounds them, in float32 at least."""
+    logits = linear(hidden, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (cross_entropy(logits, labels, reduction="none") * token_weight).sum()
+
+
+def loss_grads(loss, hidden: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> tuple[Tensor, ...]:
+    """Of hidden and weight, where `loss` has the arguments of `weighted_loss`."""
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    return torch.autograd.grad(loss(*leaves, labels, token_weight=token_weight), leaves)
+
+
 class Terms(NamedTuple):
     """What an entry of a gradient is measured by.
 
@@ -91,7 +105,7 @@ def linear_terms(hidden, weight, bias, labels, upstream, **scaling) -> tuple[Ter
     The classes of weight and bias are the rows of the labels and all the others, whose gradients are as small as p.
     """
     hidden, weight = hidden.double(), weight.double()
-    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.double())
+    logits = linear(hidden, weight, None if bias is None else bias.double())
     of_logits = logit_terms(logits, labels, upstream, **scaling)
     magnitude, floor = of_logits.magnitude, of_logits.floor.expand_as(logits)
     is_label = of_logits.classes["label"].any(0).unsqueeze(-1)
@@ -172,3 +186,33 @@ def assert_no_worse(name: str, actual: Tensor, torch_same: Tensor, truth: Tensor
             assert error <= yardstick + allowed, (
                 f"{name} in [{low}, {high}): error {error:.3g}, PyTorch's {yardstick:.3g} + {allowed:.1g}"
             )
+
+
+def assert_no_finite_maximum(operators, dtype: torch.dtype, size: int, scaling: tuple):
+    """Rows of nothing but −inf, with a +inf, and with a NaN, also beside a +inf, are as in PyTorch's logsumexp;
+    −inf − (−inf) would make lse NaN. Under a softcap an infinite logit is a finite z.
+
+    Args:
+        operators: a namespace of `torch.ops` with the row operators.
+        scaling: ignore_index, logit_scale and softcap.
+    """
+    high = -torch.inf if scaling[1] < 0 else torch.inf
+    logits = torch.randn(1, 8, size).to(dtype)
+    logits[0, 0] = -high
+    for row, position in enumerate((0, size // 2, size - 1), 1):
+        logits[0, row, position] = high
+        logits[0, row + 3, position] = torch.nan
+    logits[0, 7, 0], logits[0, 7, -1] = high, torch.nan
+    labels = torch.zeros(1, 8, dtype=torch.long)
+    nll, entropy, row_max, log_sum = statistics = operators.token_stats(logits, labels, *scaling)
+    lse = torch.logsumexp(scaled(logits.double(), *scaling[1:]), -1)
+    torch.testing.assert_close(row_max.double() + log_sum, lse, equal_nan=True, rtol=1e-6, atol=1e-6)
+    infinite = torch.isinf(row_max)
+    assert infinite[0].tolist() == [scaling[2] is None] * 4 + [False] * 4
+    assert (log_sum[infinite] == 0).all()
+    assert torch.isnan(nll[infinite]).all()
+    assert torch.isnan(entropy[infinite]).all()
+    assert all(torch.isnan(x[0, 4:]).all() for x in statistics)
+    ones = [torch.ones(1, 8, dtype=nll.dtype)] * 3
+    grad = operators.token_stats_backward(logits, labels, *statistics[1:], *ones, *scaling)
+    assert torch.isnan(grad[0, 4:]).all()
