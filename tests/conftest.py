@@ -61,7 +61,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"backend {name}: its tests run on the GPU that is here")
     if name == "cuda":
         if "linear" in request.module.__name__:
-            pytest.skip("backend cuda: its linear operators are those of triton")
+            pytest.skip("backend cuda: of one logit its nll is 1e-8, not 0, which these tests measure by itself")
         if not device:
             cuda_emulator.serve_cpu(monkeypatch)
     if reason := unavailable_reason(name):

@@ -66,7 +66,8 @@ def linear_cross_entropy(
 
     Loss and gradients come from the same pass over chunks of logits, which are rounded as in `linear_token_stats`.
     Rows of weight 0 take no part: no arithmetic is spent on them, and their gradient is exactly 0. Off the CPU,
-    finding them waits for the device once; without `token_weight` nothing waits.
+    finding them waits for the device once; without `token_weight` nothing waits. In float16 the gradients of small
+    weights underflow before a loss scale can multiply them: scale the weights instead.
 
     Args:
         hidden, weight, labels, bias, ignore_index, logit_scale, softcap: as in `linear_token_stats`.
