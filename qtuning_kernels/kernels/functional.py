@@ -75,12 +75,16 @@ def token_stats(
 
 
 def _rows_overlap(logits: Tensor) -> bool:
-    extent = 1  # elements from the first to the last one of the dimensions seen so far
     dimensions = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
-    for stride, size in sorted(dimensions):
+    for i, (stride, _) in enumerate(dimensions):
+        extent = (
+            1  # elements from the first to the last one of the dimensions inside; no sort, since sizes may be symbols
+        )
+        for j, (other, size) in enumerate(dimensions):
+            if other < stride or (other == stride and j < i):
+                extent += (size - 1) * other
         if stride < extent:
             return True
-        extent += (size - 1) * stride
     return False
 
 

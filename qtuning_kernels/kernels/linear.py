@@ -66,8 +66,8 @@ def linear_cross_entropy(
 
     Loss and gradients come from the same pass over chunks of logits, which are rounded as in `linear_token_stats`.
     Rows of weight 0 take no part: no arithmetic is spent on them, and their gradient is exactly 0. Off the CPU,
-    finding them waits for the device once; without `token_weight` nothing waits. In float16 the gradients of small
-    weights underflow before a loss scale can multiply them: scale the weights instead.
+    finding them waits for the device once; without `token_weight` nothing waits. In float16 the gradients come from a
+    pass of their own in backward, which waits, with the loss scale in the weights: without it they would underflow.
 
     Args:
         hidden, weight, labels, bias, ignore_index, logit_scale, softcap: as in `linear_token_stats`.
@@ -122,15 +122,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, token_weight, *scaling_and_mask):
         ctx.settings = scaling_and_mask
+        *scaling, mask = scaling_and_mask
+        # float16 has no room for the gradients of small weights until a loss scale has multiplied these
+        early = hidden.dtype != torch.float16
         loss, *gradients = _operators.linear_cross_entropy(
-            hidden, weight, bias, labels, token_weight, *scaling_and_mask
+            hidden, weight, bias, labels, token_weight, *scaling, mask if early else [False] * 3
         )
-        ctx.compiled = torch.compiler.is_compiling()
+        ctx.compiled = early and torch.compiler.is_compiling()
         if ctx.compiled:
             ctx.save_for_backward(*gradients)
         else:
             ctx.save_for_backward(hidden, weight, bias, labels, token_weight)
-            ctx.gradients = gradients
+            ctx.gradients = gradients if early else None
         return loss
 
     @staticmethod
@@ -141,13 +144,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *(g if asked else None for g, asked in zip(gradients, mask, strict=True)), *[None] * 6
         saved = ctx.saved_tensors
         with torch.no_grad():
-            # handed out, so that a head's gradient is not copied; a second backward computes its own
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:
-                _, *gradients = _operators.linear_cross_entropy(*saved, *ctx.settings)
-            # on a CPU the value is at hand, and the usual 1 need not cost a pass over the head's gradient
-            if not (is_readable(grad_loss) and grad_loss.item() == 1.0):
-                gradients = [g.mul_(grad_loss) for g in gradients]
+            if ctx.gradients is None:
+                *operands, labels, token_weight = saved
+                weights = grad_loss.expand(labels.shape) if token_weight is None else token_weight * grad_loss
+                _, *gradients = _operators.linear_cross_entropy(*operands, labels, weights.contiguous(), *ctx.settings)
+            else:
+                # handed out, so that a head's gradient is not copied; a second backward computes its own
+                gradients, ctx.gradients = ctx.gradients, None
+                # on a CPU the value is at hand, and the usual 1 need not cost a pass over the head's gradient
+                if not (is_readable(grad_loss) and grad_loss.item() == 1.0):
+                    gradients = [g.mul_(grad_loss) for g in gradients]
         return *_asked_for("linear_cross_entropy", saved, gradients, mask), *[None] * 6
 
 

@@ -4,7 +4,8 @@ One path for every device and backend. A chunk of logits ``hidden @ weight.T + b
 dtype of its operands, as `torch.nn.functional.linear` would round it; the row operators read it, and turn it into its
 gradient in place, which two more products read. So statistics and gradient see the same numbers, whatever the dtype.
 
-Products: 2NHV to score; 6NHV for loss and gradients, 4NHV with a frozen head, where N counts the rows that take part.
+Products: 2NHV to score; 6NHV for loss and gradients, 4NHV with a frozen head, both 2NHV more in float16, where N counts
+the rows that take part.
 """
 
 import threading

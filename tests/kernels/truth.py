@@ -131,14 +131,19 @@ def epsilon_of(dtype: torch.dtype, ulps: float) -> float:
     return torch.finfo(dtype).eps * (ULPS_OF_FLOAT64 if dtype == torch.float64 else ulps)
 
 
-def assert_grad_no_worse(name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, terms: Terms):
+def assert_grad_no_worse(
+    name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, terms: Terms, length: int = 1
+) -> None:
     """In every class of entries, our largest error within PyTorch's largest plus `ULPS` of the dtype.
+
+    `length` is that of the product that an entry is a sum of: its roundings add up like a random walk, in an order
+    that a product of one row or of several chooses for itself.
 
     Raises AssertionError also where PyTorch's error is too large to be a yardstick: an entry wrong by one part in a
     thousand must never pass.
     """
     assert torch.isfinite(actual).all(), f"{name} is not finite"
-    epsilon = epsilon_of(actual.dtype, ULPS)
+    epsilon = epsilon_of(actual.dtype, ULPS) * max(1.0, length**0.5 / 64)
     ours, theirs = (entry_errors(x, truth, terms) for x in (actual, torch_same))
     for label, mask in terms.classes.items():
         if mask.any():
@@ -160,6 +165,43 @@ def assert_grad_rounded_once(name: str, actual: Tensor, truth: Tensor, terms: Te
     # rows without upstream gradients are exactly 0
     wrong = (excess > 0) | ((terms.floor == 0) & (actual != 0))
     assert not wrong.any(), f"{name}: {excess.max().item():.3g} over {ulps} units in the last place"
+
+
+def row_scales(hidden, weight, bias, labels, upstream, **scaling) -> list[Tensor]:
+    """Of each row of the gradients of hidden, weight and bias: its largest sum of magnitudes, at least the floor.
+
+    Magnitudes of the exact gradient of the logits, which is rounded once: p − 1 as it is, not the 1 that p nearly is.
+    """
+    hidden, weight = hidden.double(), weight.double()
+    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.double())
+    (grad,) = grads(lambda x: stats(x, labels, **scaling), [logits], upstream)
+    terms = linear_terms(hidden, weight, bias, labels, upstream, **scaling)
+    sums = [grad.abs() @ weight.abs(), grad.abs().T @ hidden.abs(), grad.abs().sum(0)]
+    sums = [torch.maximum(x, t.floor.expand_as(x)) for x, t in zip(sums, terms, strict=True) if t is not None]
+    return [x.amax(-1) if x.dim() == 2 else x for x in sums]
+
+
+def assert_rows_no_worse(
+    name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, scale: Tensor, ulps: float = 1.0
+) -> None:
+    """Half-precision products: in every row, within PyTorch's error at the same dtype plus `ulps` of the row's scale.
+
+    A row's error is its largest, in units in the last place of `scale` (`row_scales`). PyTorch's is the largest among
+    rows whose scale has the same power of ten: a vocabulary entry that is improbable everywhere has a small row in
+    the head's gradient, which a bound by the tensor's scale would not see.
+    """
+    assert torch.isfinite(actual).all(), f"{name} is not finite"
+    finfo = torch.finfo(actual.dtype)
+    scale = scale.clamp(min=finfo.smallest_normal)
+    unit = finfo.eps * torch.exp2((torch.frexp(scale).exponent - 1).double())
+    errors = [(x.double() - truth.double()).abs().reshape(len(scale), -1).amax(-1) / unit for x in (actual, torch_same)]
+    decades = scale.log10().floor()
+    for decade in decades.unique():
+        error, yardstick = (x[decades == decade].max().item() for x in errors)
+        assert error <= yardstick + ulps, (
+            f"{name}, rows of scale 1e{int(decade)}: error {error:.3g} units in the last place, PyTorch's "
+            f"{yardstick:.3g} + {ulps}"
+        )
 
 
 # statistics in nats: a confident token's nll and entropy, a token's that hesitates, all others
