@@ -144,4 +144,16 @@ QT_FUNCTION double factor_of(const Scaling<double>& scaling) {
   return scaling.softcap != 0 ? scaling.softcap : fabs(scaling.logit_scale);
 }
 
+// tanh's argument per unit of x, in two parts: a common factor of all logits would show in the entropy.
+template <typename R>
+struct SoftcapRatio {
+  explicit SoftcapRatio(const Scaling<double>& scaling) {
+    const double exact = scaling.softcap != 0 ? scaling.logit_scale / scaling.softcap : 1;
+    // towards 0, so that the rest has the same sign and is not 0: an infinite x then has both products infinite, not NaN
+    inner = nextafter(R(exact), R(0));
+    rest = R(exact - double(inner));
+  }
+  R inner, rest;
+};
+
 }  // namespace qt

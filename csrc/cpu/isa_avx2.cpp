@@ -6,6 +6,7 @@
 #endif
 #define QT_ISA avx2
 #define QT_LANES 8
+#define QT_FMA
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -6,6 +6,7 @@
 #endif
 #define QT_ISA avx512
 #define QT_LANES 16
+#define QT_FMA
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -40,12 +40,11 @@ QT_FUNCTION float vector_exp2(float t) {
 QT_FUNCTION float vector_tanh(float x) {
   const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
   const float square = x * x;
-  float q = 2.139277261e-3f;
-  q = q * square - 8.173494063e-3f;
-  q = q * square + 2.169917637e-2f;
-  q = q * square - 5.394649457e-2f;
-  q = q * square + 1.333320397e-1f;
-  q = q * square - 3.333333075e-1f;
+  float q = -5.696621513e-3f;
+  q = q * square + 2.063188913e-2f;
+  q = q * square - 5.373760505e-2f;
+  q = q * square + 1.333141818e-1f;
+  q = q * square - 3.333328111e-1f;
   const float near_zero = q * square * x + x;
 
   // e^(-2|x|) = 2^-n·e^(-2r) with |r| <= ln 2 / 4; ln 2 / 2 is taken in two parts, the first one short
@@ -73,8 +72,7 @@ QT_FUNCTION float vector_tanh(float x) {
   const float difference = 1.0f - twice;
   const float far = difference + (((1.0f - difference) - twice) - 2.0f * ratio_rest);
   const float far_signed = bit_cast<float>(bit_cast<uint32_t>(far) | (bit_cast<uint32_t>(x) & 0x80000000u));
-  const float result = magnitude < 0.625f ? near_zero : far_signed;
-  return x == x ? result : x;
+  return magnitude < 0.625f ? near_zero : far_signed;
 }
 
 }  // namespace qt

@@ -15,8 +15,7 @@ enum class Form {
 template <typename R>
 struct Factors {
   R unit;          // bits per unit of the scaled value
-  R inner;         // tanh's argument per unit of x,
-  R inner_rest;    // and what that leaves: a common factor of all logits shows in the entropy
+  SoftcapRatio<R> ratio;
   R slope;         // dz/dx, up to the softcap's 1 - tanh²
   uint32_t floor;  // two bfloat16: a number in place of -inf, whose multiple by `unit` is finite
 };
@@ -27,13 +26,10 @@ inline Form form_of(qt_scaling s) {
 
 template <typename R>
 Factors<R> factors_of(qt_scaling s) {
-  const Form form = form_of(s);
-  const double unit = factor_of({s.logit_scale, s.softcap}) * Log2<double>::e;
+  const Scaling<double> scaling = {s.logit_scale, s.softcap};
+  const double unit = factor_of(scaling) * Log2<double>::e;
   const uint32_t floor = bit_cast<uint32_t>(float(unit > 1 ? -2e38 / unit : -2e38)) & 0xffff0000u;
-  const double inner = form == Form::SOFTCAP ? s.logit_scale / s.softcap : 1;
-  // towards 0, so that the rest has the same sign and is not 0: an infinite x then has both products infinite, not NaN
-  const R shorter = nextafter(R(inner), R(0));
-  return {R(unit), shorter, R(inner - double(shorter)), R(s.logit_scale), floor | floor >> 16};
+  return {R(unit), SoftcapRatio<R>(scaling), R(s.logit_scale), floor | floor >> 16};
 }
 
 QT_FUNCTION float tanh_of(float x) { return tanhf(x); }
@@ -42,7 +38,7 @@ QT_FUNCTION double tanh_of(double x) { return tanh(x); }
 // the value whose multiple by `unit` is z·log2 e
 template <Form FORM, typename R>
 QT_FUNCTION R scaled(R x, const Factors<R>& factors) {
-  if (FORM == Form::SOFTCAP) return tanh_of(R(fma(x, factors.inner, x * factors.inner_rest)));
+  if (FORM == Form::SOFTCAP) return tanh_of(R(fma(x, factors.ratio.inner, x * factors.ratio.rest)));
   return FORM == Form::NEGATED ? -x : x;
 }
 
