@@ -14,8 +14,9 @@ from qtuning_kernels.files import write_atomic
 from qtuning_kernels.run_record.schema import QUADRANT_LABELS
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
+_SUMMARY_FILE = "summary.json"
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
-_LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
+_LOSS_STEPS = 5  # single steps train on so few samples that their losses are noise
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -101,6 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         panel.close()
     seconds = time.perf_counter() - started
+    if checkpoint == f"{output}/checkpoint-{trainer.state.global_step}" and (output / _SUMMARY_FILE).exists():
+        log(console, f"the run in {output} is finished: nothing was trained, its model and summary stay")
+        return
     final = checkpoints.save_final(trainer, inputs.tokenizer, output)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     summary = trainer.qtuning_summary() | {
@@ -109,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
         "wall_seconds": seconds,
         "checkpoint": str(final),
     }
-    _write_json(output / "summary.json", summary)
+    _write_json(output / _SUMMARY_FILE, summary)
     _print_summary(console, summary, output, inputs.tags)
     if arguments.report:
         from qtuning_kernels.report import build_report
