@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from qtuning_kernels.commands import options
 from qtuning_kernels.commands.inputs import load_inputs
@@ -43,16 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
     ids = inputs.samples["sample_id"][:]
     tags = None if inputs.tags is None else [inputs.tags[i] for i in ids]
     limit, texts = inputs.text_limit(), list(inputs.texts())
-    columns = {
+    columns: dict[str, Any] = {
         "sample_id": pa.array(ids, pa.int64()),
         "ppl": plane.ppl.numpy(),
         "entropy": plane.entropy.numpy(),
         "num_tokens": plane.num_tokens.numpy(),
         "quadrant": triage.quadrant.numpy(),
         "role": triage.role.numpy(),
-        **({} if tags is None else {inputs.tag_field: tags}),
-        **{name: [text[name][:limit] for text in texts] for name in ("prompt", "answer")},
     }
+    if inputs.tag_field is not None:
+        columns[inputs.tag_field] = tags
+    columns |= {name: [text[name][:limit] for text in texts] for name in ("prompt", "answer")}
     with write_atomic(arguments.output) as temporary:
         pq.write_table(pa.table(columns), temporary)
     console.print(quadrant_table(triage.quadrant.tolist(), triage.keep.tolist(), tags))
