@@ -10,7 +10,7 @@ def prepare_output(output: Path, resume: bool, *, given: bool = True) -> str | N
 
     Args:
         output: the output folder.
-        resume: whether to go on with the run that stands in it.
+        resume: whether to go on with the run in it.
         given: whether the caller named the folder; without a name nothing can be resumed.
 
     Raises:

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _serving(device: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the reason stands above
+        warnings.simplefilter("ignore")  # the reason is printed above
         try:
             return f"served by {dispatch.backend(device)}"
         except (ValueError, dispatch.BackendUnavailableError) as error:

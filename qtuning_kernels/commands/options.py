@@ -73,7 +73,7 @@ def option_name(field: str) -> str:
 
 
 def argument_texts(cls: type) -> dict[str, str]:
-    """What the Args section of a class says of each argument, as argparse takes it."""
+    """The Args section of a class by argument, as texts for argparse."""
     section = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)[1:]
     plain = (re.sub(r"`| \((decision|eq\.) \w+\)", "", " ".join(entry.split())) for entry in entries)

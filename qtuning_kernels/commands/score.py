@@ -6,9 +6,8 @@ from typing import Any
 
 from qtuning_kernels.commands import options
 from qtuning_kernels.commands.inputs import load_inputs
-from qtuning_kernels.commands.scored import score_data_set
+from qtuning_kernels.commands.scored import select_from_all
 from qtuning_kernels.commands.terminal import log, quadrant_table
-from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.files import write_atomic
 
 
@@ -33,42 +32,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from rich.console import Console
 
     console = Console()
     config = options.qtuning_config(arguments)
     inputs = load_inputs(arguments, console, output=arguments.output)
-    table = score_table(inputs.model, inputs.samples, config, console)
-    quadrants, kept = table["quadrant"].to_pylist(), [role > 0 for role in table["role"].to_pylist()]
-    tags = None
-    if inputs.tags is not None:
-        tags = [inputs.tags[i] for i in table["sample_id"].to_pylist()]
-        table = table.append_column(inputs.tag_field, [tags])
+    selection = select_from_all(inputs, config, console)
+    plane, triage = selection.plane, selection.triage
+    ids = inputs.samples["sample_id"][:]
+    tags = None if inputs.tags is None else [inputs.tags[i] for i in ids]
     limit, texts = inputs.text_limit(), list(inputs.texts())
-    for name in ("prompt", "answer"):
-        table = table.append_column(name, [[text[name][:limit] for text in texts]])
+    columns: dict[str, Any] = {
+        "sample_id": pa.array(ids, pa.int64()),
+        "ppl": plane.ppl.numpy(),
+        "entropy": plane.entropy.numpy(),
+        "num_tokens": plane.num_tokens.numpy(),
+        "quadrant": triage.quadrant.numpy(),
+        "role": triage.role.numpy(),
+    }
+    if inputs.tag_field is not None:
+        columns[inputs.tag_field] = tags
+    columns |= {name: [text[name][:limit] for text in texts] for name in ("prompt", "answer")}
     with write_atomic(arguments.output) as temporary:
-        pq.write_table(table, temporary)
-    console.print(quadrant_table(quadrants, kept, tags))
-    log(console, f"{len(kept)} samples in {arguments.output}")
-
-
-def score_table(model: Any, samples: Any, config: QTuningConfig, console: Any) -> Any:
-    """The plane as a `pyarrow.Table`, in the order of `samples`."""
-    import pyarrow as pa
-
-    from qtuning_kernels import eu_plane, triage_samples
-
-    ppl, entropy, num_tokens = eu_plane(*score_data_set(model, samples, config, console))
-    triage = triage_samples(ppl, entropy, config.sample_ratio, method=config.triage_method)
-    return pa.table(
-        {
-            "sample_id": pa.array(samples["sample_id"][:], pa.int64()),
-            "ppl": ppl.numpy(),
-            "entropy": entropy.numpy(),
-            "num_tokens": num_tokens.numpy(),
-            "quadrant": triage.quadrant.numpy(),
-            "role": triage.role.numpy(),
-        }
-    )
+        pq.write_table(pa.table(columns), temporary)
+    console.print(quadrant_table(triage.quadrant.tolist(), triage.keep.tolist(), tags))
+    log(console, f"{len(ids)} samples in {arguments.output}")

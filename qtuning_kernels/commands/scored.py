@@ -1,15 +1,16 @@
-"""The scoring pass over a whole data set, with a progress bar; `score` and `select` start from it."""
+"""A whole data set as one selection pool, with a progress bar; `score` and `select` start from it."""
 
 from typing import Any
 
+from qtuning_kernels.commands.inputs import Inputs
 from qtuning_kernels.commands.terminal import log
 from qtuning_kernels.config import QTuningConfig
 
 _CHUNK = 64  # samples between two updates of the progress bar
 
 
-def score_data_set(model: Any, samples: Any, config: QTuningConfig, console: Any) -> Any:
-    """`scoring.Scores` of all samples, in their order, on the CPU."""
+def select_from_all(inputs: Inputs, config: QTuningConfig, console: Any) -> Any:
+    """The `training.selection.Selection` of all samples, in their order."""
     import torch
     from rich.progress import track
 
@@ -17,24 +18,24 @@ def score_data_set(model: Any, samples: Any, config: QTuningConfig, console: Any
     from qtuning_kernels.models.causal_lm import CausalLM
     from qtuning_kernels.models.matmul import choose_precision
     from qtuning_kernels.models.scoring import Scorer, Scores
+    from qtuning_kernels.training.selection import select
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
+    model = inputs.model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
     causal_lm = CausalLM(model)
     precision = choose_precision(causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype)
     log(console, precision)
     scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens)
+    samples = inputs.samples
     # samples of about one length together, so that little of a batch is padding
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]), reverse=True)
     chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
-    nll: list[Any] = [None] * len(order)
-    entropy: list[Any] = [None] * len(order)
+    stats: dict[int, Any] = {}  # [2, T(x)]
     for chunk in track(chunks, description="scoring", console=console):
         rows = (samples[i] for i in chunk)
         scores = scorer.score([to_sample(row["input_ids"], row["labels"], row["sample_id"]) for row in rows], device)
-        lengths = scores.cu_seqlens.diff().tolist()
-        parts = zip(scores.nll.cpu().split(lengths), scores.entropy.cpu().split(lengths), strict=True)
-        for i, (nll_part, entropy_part) in zip(chunk, parts, strict=True):
-            nll[i], entropy[i] = nll_part, entropy_part
-    ends = torch.tensor([0, *map(len, nll)]).cumsum(0)
-    return Scores(torch.cat(nll), torch.cat(entropy), ends.to(torch.int32))
+        stacked = torch.stack([scores.nll, scores.entropy]).cpu()
+        stats |= zip(chunk, stacked.split(scores.cu_seqlens.diff().tolist(), dim=1), strict=True)
+    nll, entropy = torch.cat([stats[i] for i in range(len(samples))], dim=1)
+    ends = torch.tensor([0, *(stats[i].shape[1] for i in range(len(samples)))]).cumsum(0)
+    return select(Scores(nll, entropy, ends.to(torch.int32)), config)

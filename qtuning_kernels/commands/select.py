@@ -8,7 +8,7 @@ from typing import Any
 
 from qtuning_kernels.commands import options
 from qtuning_kernels.commands.inputs import Inputs, load_inputs
-from qtuning_kernels.commands.scored import score_data_set
+from qtuning_kernels.commands.scored import select_from_all
 from qtuning_kernels.commands.terminal import log, quadrant_table
 from qtuning_kernels.data.conversations import ASSISTANT_NAMES
 from qtuning_kernels.files import write_atomic
@@ -46,12 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qtuning_kernels.training.selection import select
-
     console = Console()
     config = options.qtuning_config(arguments)
     inputs = load_inputs(arguments, console, output=arguments.output)
-    selection = select(score_data_set(inputs.model, inputs.samples, config, console), config)
+    selection = select_from_all(inputs, config, console)
     kept = selection.triage.keep.nonzero().flatten().tolist()
     seen, trained = len(selection.token_mask), int(selection.token_mask.sum())
     if arguments.write == "tokens":

@@ -5,6 +5,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
@@ -14,8 +15,9 @@ from qtuning_kernels.files import write_atomic
 from qtuning_kernels.run_record.schema import QUADRANT_LABELS
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
+_SUMMARY_FILE = "summary.json"
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
-_LOSS_STEPS = 5  # single steps train on so few samples that their losses say little
+_LOSS_STEPS = 5  # single steps train on so few samples that their losses are noise
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -101,16 +103,12 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         panel.close()
     seconds = time.perf_counter() - started
-    final = checkpoints.save_final(trainer, inputs.tokenizer, output)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    summary = trainer.qtuning_summary() | {
-        "loss_first_steps": _mean(losses[:_LOSS_STEPS]),
-        "loss_last_steps": _mean(losses[-_LOSS_STEPS:]),
-        "wall_seconds": seconds,
-        "checkpoint": str(final),
-    }
-    _write_json(output / "summary.json", summary)
-    _print_summary(console, summary, output, inputs.tags)
+    if checkpoint == f"{output}/checkpoint-{trainer.state.global_step}" and (output / _SUMMARY_FILE).exists():
+        log(console, f"the run in {output} is finished: nothing was trained, its model and summary stay")
+    else:
+        summary = _summary(trainer, checkpoints.save_final(trainer, inputs.tokenizer, output), seconds)
+        _write_json(output / _SUMMARY_FILE, summary)
+        _print_summary(console, summary, output, inputs.tags)
     if arguments.report:
         from qtuning_kernels.report import build_report
 
@@ -183,8 +181,14 @@ def _trainer(training: Any, inputs: Any, qtuning: Any) -> Any:
     return trainer
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _summary(trainer: Any, final: Path, seconds: float) -> dict[str, Any]:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return trainer.qtuning_summary() | {
+        "loss_first_steps": fmean(losses[:_LOSS_STEPS]) if losses else None,
+        "loss_last_steps": fmean(losses[-_LOSS_STEPS:]) if losses else None,
+        "wall_seconds": seconds,
+        "checkpoint": str(final),
+    }
 
 
 def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: list[str] | None) -> None:

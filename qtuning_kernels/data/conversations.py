@@ -30,7 +30,7 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# what an answer's turn is said to be of, in any shape
+# the speakers of answers, in any shape
 ASSISTANT_NAMES = frozenset(name for name, role in _SHAREGPT_ROLES.items() if role == "assistant")
 _MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -46,8 +46,8 @@ class Shape:
     Attributes:
         name: the shape, for people.
         columns: the columns that it reads.
-        separator: stands between messages where a model has no chat template.
-        to_messages: record -> messages; raises `DataError` without a place, which the caller adds.
+        separator: put between messages if a model has no chat template.
+        to_messages: record -> messages; raises `DataError` without a location, which the caller adds.
     """
 
     name: str
@@ -60,7 +60,7 @@ def detect_shape(columns: list[str], *, prompt_field: str | None = None, complet
     """Choose the shape that fits `columns`; named fields win over every shape.
 
     Raises:
-        DataError: nothing fits, or a named field is not there; lists the columns found.
+        DataError: nothing fits, or a named field is missing; lists the columns found.
     """
     found = f"columns found: {', '.join(columns) or 'none'}"
     if prompt_field is not None or completion_field is not None:

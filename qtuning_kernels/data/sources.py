@@ -1,6 +1,6 @@
 """Reading records: JSON, JSON Lines and Parquet files, local folders, and data sets of the Hugging Face hub.
 
-JSON is parsed here rather than by `datasets`, whose reader reports neither file nor line, and turns strings
+JSON is parsed by this module, not by `datasets`, whose reader reports neither file nor line, and turns strings
 that look like dates into timestamps. Everything else goes through `datasets`.
 """
 
@@ -25,7 +25,7 @@ class DataError(ValueError):
 
 @dataclass
 class Records:
-    """Records in source order, each with the place that it came from.
+    """Records in source order, each with the location that it came from.
 
     Attributes:
         source: the file, folder or hub name, as it was given.
@@ -36,7 +36,7 @@ class Records:
     source: str
     columns: list[str]
     rows: list[dict[str, Any]] | Dataset
-    _places: list[str] = field(default_factory=list)
+    _locations: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,9 +44,9 @@ class Records:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
 
-    def place(self, index: int) -> str:
-        """Where record `index` (0-based) stands: ``file:line``, or ``source, record n`` (1-based)."""
-        return self._places[index] if self._places else f"{self.source}, record {index + 1}"
+    def location(self, index: int) -> str:
+        """Of record `index` (0-based): ``file:line``, or ``source, record n`` (1-based)."""
+        return self._locations[index] if self._locations else f"{self.source}, record {index + 1}"
 
     def column(self, name: str) -> list[Any]:
         """One value per record; None where the record lacks it."""
@@ -65,8 +65,8 @@ def read_records(data: str | Path, *, split: str = "train", config: str | None =
         config: the configuration of a hub data set that has several.
 
     Raises:
-        FileNotFoundError: `data` reads as a path and nothing is there.
-        DataError: the content cannot be read; names the file, and the line where there is one.
+        FileNotFoundError: `data` reads as a path that does not exist.
+        DataError: the content cannot be read; names the file, and the line if there is one.
     """
     path = Path(data).expanduser()
     if path.is_file():
@@ -122,19 +122,19 @@ def _read_files(files: list[Path], source: str) -> Records:
         return _from_dataset(_load_parquet(files, source), source)
     if any(f.suffix in PARQUET_SUFFIXES for f in files):
         raise DataError(f"{source}: holds JSON and Parquet files at once; name the file to read")
-    rows, places = [], []
+    rows, locations = [], []
     for file in files:
         for where, row in _read_json(file):
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a record must be an object, not {type(row).__name__}")
             rows.append(row)
-            places.append(where)
+            locations.append(where)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Records(source, columns, rows, places)
+    return Records(source, columns, rows, locations)
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, record) of an array of records, or of one record per line."""
+    """Yield (location, record) of an array of records, or of one record per line."""
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")  # editors on Windows write the mark
@@ -189,9 +189,8 @@ def _load_hub(name: str, split: str, config: str | None) -> Dataset:
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:  # a dozen exception types, from the network to the data set's own script
-        raise DataError(
-            f"data {name!r}: neither a file or folder here nor a data set that the hub could serve: {first_line(error)}"
-        ) from error
+        reason = f"neither a local file or folder nor a data set that the hub could serve: {first_line(error)}"
+        raise DataError(f"data {name!r}: {reason}") from error
 
 
 def _from_dataset(dataset: Dataset, source: str) -> Records:
@@ -199,5 +198,5 @@ def _from_dataset(dataset: Dataset, source: str) -> Records:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says of an error, without the rest."""
+    """The first line of a library's error message, or the error's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,10 +29,10 @@ class DataReport:
     Attributes:
         source, shape, columns, unused_columns: where they came from and how they were read.
         read: records in the source; `read - skipped` samples remain.
-        skipped: records left out because no answer token is there to train on.
+        skipped: records left out because they have no answer token.
         truncated: samples cut to the cutoff.
         tokens, answer_tokens: totals over the samples.
-        skipped_examples: the first few that were skipped, with place and reason.
+        skipped_examples: the first few that were skipped, with location and reason.
     """
 
     source: str
@@ -147,14 +147,14 @@ def _render_all(
             text.encode()  # the tokenizer cannot take half a surrogate pair, which JSON can spell
         except NoAnswerError as error:
             if not skip_without_answer:
-                raise NoAnswerError(f"{records.place(index)}: {error}") from None
-            _skip(report, records.place(index), error)
+                raise NoAnswerError(f"{records.location(index)}: {error}") from None
+            _skip(report, records.location(index), error)
         except UnicodeEncodeError as error:
-            raise DataError(f"{records.place(index)}: not valid Unicode text: {error.reason}") from None
+            raise DataError(f"{records.location(index)}: not valid Unicode text: {error.reason}") from None
         except DataError as error:
-            raise DataError(f"{records.place(index)}: {error}") from None
+            raise DataError(f"{records.location(index)}: {error}") from None
         except TemplateError as error:
-            raise DataError(f"{records.place(index)}: the model's chat template refuses it: {error}") from None
+            raise DataError(f"{records.location(index)}: the model's chat template refuses it: {error}") from None
         else:
             yield index, text, spans
 
@@ -182,7 +182,7 @@ class _PlainRenderer:
 
 
 class _TemplateRenderer:
-    """The chat template's text, and where in it the answers stand.
+    """The chat template's text, and the spans of its answers.
 
     An answer begins where the rendering of the messages before it, generation prompt included, ends, and it
     ends where the rendering of the messages up to it ends; so no template needs ``{% generation %}`` marks.
@@ -212,7 +212,7 @@ class _TemplateRenderer:
         return text, spans
 
     def _start(self, before: list[Message], text: str) -> int:
-        if not before:  # a conversation that the assistant opens: there is nothing to render before it
+        if not before:  # the assistant opens the conversation
             return 0
         prompt = self._template(before, add_generation_prompt=True)
         if text.startswith(prompt):
@@ -257,9 +257,9 @@ def _tokenize(
         ids = encoded["input_ids"][row]
         trained = _in_spans(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], spans)
         if not trained:
-            _skip(report, records.place(index), "no answer token after tokenisation")
+            _skip(report, records.location(index), "no answer token after tokenisation")
             continue
-        ids = ids[: trained[-1] + 1]  # what stands behind the last answer teaches nothing
+        ids = ids[: trained[-1] + 1]  # tokens after the last answer teach nothing
         start = _window_start(trained, cutoff)
         labels = [IGNORE_INDEX] * len(ids)
         for position in trained:
@@ -284,7 +284,7 @@ def _in_spans(offsets: list[Span], special: list[int], spans: list[Span]) -> lis
     """Positions > 0 of the tokens that hold a character of an answer.
 
     A token that straddles the border belongs to the answer, whose first characters it predicts. Some
-    tokenizers give a token of blanks no width; it belongs where it stands.
+    tokenizers give a token of blanks no width; it counts at its own position.
     """
     positions, remaining = [], iter(spans)
     span = next(remaining, None)

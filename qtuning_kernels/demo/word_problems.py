@@ -1,7 +1,7 @@
 """The embedded data: worked arithmetic word problems with flaws planted among them.
 
 The problems come from ``gsm_symbolic`` of reasoning-gym, seeded, with their step-by-step solutions. Each
-record has ``id``, ``question``, ``answer`` and ``planted``, which says what was done to it:
+record has ``id``, ``question``, ``answer`` and ``planted``, what was done to it:
 
 - ``clean``: nothing;
 - ``wrong``: every result in the solution is another number, the final one included;

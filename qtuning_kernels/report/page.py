@@ -52,7 +52,7 @@ def _render(context: dict[str, Any]) -> str:
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that may stand inside a script element: nothing in it can close the element."""
+    """JSON for the inside of a script element: nothing in it can close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 

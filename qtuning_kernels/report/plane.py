@@ -23,7 +23,7 @@ class Frame:
 
     Attributes:
         label: the steps that it covers.
-        points: one row per sample, where it stood when it was scored last within these steps.
+        points: one row per sample, at its last scores within these steps.
         total: how many samples there were before thinning.
         thresholds: the medians of the steps' thresholds; without those that are unknown.
         steps: how many steps the thresholds are of.

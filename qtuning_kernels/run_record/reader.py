@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RecordError(RuntimeError):
-    """A record cannot be read; the message says why and what to do."""
+    """A record cannot be read; the message has the reason and the remedy."""
 
 
 def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_lines(path: Path) -> Iterable[dict]:
 class Record:
     """A record as it was read: `run` is ``run.json``, the others are one DataFrame per file.
 
-    `notices` says what is missing or was dropped, for a reader of the report.
+    `notices` lists what is missing or was dropped, for a reader of the report.
     """
 
     folder: Path

@@ -92,12 +92,12 @@ def _now() -> str:
 class RunRecord:
     """Writes the record of a run, one flushed append per file and step.
 
-    Only the main process of a distributed run may own one. A step counts as recorded when its row stands in
+    Only the main process of a distributed run may own one. A step counts as recorded when its row is in
     ``steps.jsonl``, which is written last.
 
     Args:
-        folder: the record's folder, ``<output_dir>/record``; made if missing. A record that stands there
-            already and is not resumed is moved to ``record.1``, ``record.2``, … beside it.
+        folder: the record's folder, ``<output_dir>/record``; made if missing. An earlier record in
+            it that is not resumed is moved to ``record.1``, ``record.2``, … beside it.
         resume_step: the step of the checkpoint that the run goes on from; rows of later steps are removed.
         total_steps: optimiser steps of the whole run, if known, over which the token rows are spread.
         token_samples: how many rows ``tokens.jsonl`` may hold.

@@ -139,6 +139,20 @@ def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_aft
     ]
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(options, tmp_path, capsys):
+    """Its summary was written again, with the seconds and losses of no step at all."""
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--save-steps", "2"]
+    assert cli.main([*arguments, "--max-steps", "2"]) == 0
+    files = [output / "summary.json", output / "final" / "model.safetensors"]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    assert cli.main(["train", "--output", str(output), "--resume"]) == 0
+    assert f"the run in {output} is finished" in capsys.readouterr().out
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    assert cli.main(["train", "--output", str(output), "--resume", "--max-steps", "3"]) == 0  # more of it
+    assert json.loads(files[0].read_text())["steps"] == 3
+
+
 def test_score_writes_the_plane(options, data, tmp_path, capsys):
     output = tmp_path / "planes" / "plane.parquet"
     assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0

@@ -66,9 +66,9 @@ def test_a_folder_takes_the_files_of_the_split(tmp_path):
         read_records(tmp_path, split="validation")
 
 
-def test_places_count_lines_not_records(tmp_path):
+def test_locations_count_lines_not_records(tmp_path):
     records = read_records(write(tmp_path / "a.jsonl", "\n\n" + json_lines(ROWS)))
-    assert records.place(1) == f"{tmp_path}/a.jsonl:4"
+    assert records.location(1) == f"{tmp_path}/a.jsonl:4"
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "/nowhere", "~/nowhere.parquet"])
@@ -77,10 +77,10 @@ def test_missing_file(name):
         read_records(name)
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch):
+def test_a_name_that_is_neither_local_nor_on_the_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"'no-owner/no-name': neither a file or folder here nor a data set"):
+    with pytest.raises(DataError, match=r"'no-owner/no-name': neither a local file or folder nor a data set"):
         read_records("no-owner/no-name")
 
 

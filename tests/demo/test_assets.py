@@ -61,12 +61,12 @@ def asset(wheel: Path, make=extract) -> Asset:
 
 def test_fetches_once_and_says_size_and_licence(wheel, downloads, tmp_path):
     said = []
-    folder = fetch(asset(wheel), cache=tmp_path / "cache", say=said.append)
+    folder = fetch(asset(wheel), cache=tmp_path / "cache", log=said.append)
     assert (folder / "content").read_text() == "the content"
     assert "thing==1.0 (a thing, 1 kB, MIT)" in said[0]
     assert downloads[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in downloads[0]
-    assert fetch(asset(wheel), cache=tmp_path / "cache", say=said.append) == folder
+    assert fetch(asset(wheel), cache=tmp_path / "cache", log=said.append) == folder
     assert len(downloads) == 1
     assert "already in" in said[-1]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
