@@ -77,35 +77,12 @@ def token_stats_backward(
     return Entry(OURS, name, module.token_stats_backward_kernel, arguments, options)
 
 
-def policy() -> Iterator[Entry]:
-    off = {"num_warps": 4, "enable_fp_fusion": False}
-    integer, mask = "*i32:16", "*i1:16"
-    arguments = {"values_ptr": STAT, "cu_seqlens_ptr": integer, "means_ptr": STAT, "stride": "i32:16"}
-    arguments |= {"segments": "i32", "BLOCK": 512}
-    yield Entry(OURS, "segment_means", _module("segment_means").segment_means_kernel, arguments, off)
-    arguments = {"ppl_ptr": STAT, "cu_seqlens_ptr": integer, "num_keep_ptr": "*i64:16", "keys_ptr": "*u32:16"}
-    arguments |= {"keep_ptr": mask, "OWN": 0.5, "AROUND": 0.5, "KEEP_HIGH": False, "NEIGHBOR_MEAN": False}
-    arguments |= {"PAIRS": 128, "BLOCK": 1024}
-    yield Entry(OURS, "select_tokens", _module("select_tokens").select_tokens_kernel, arguments, off | {"num_warps": 8})
-    triage = _module("triage_rank")
-    shared = {"keys_ptr": integer, "score_ptr": STAT, "corner_ptr": "*i8:16", "count_ptr": integer}
-    shared |= {"keep_ptr": mask, "last_key_ptr": integer, "B": "i32", "BLOCK": 16, "OTHERS": 128}
-    arguments = {**shared, "ppl_ptr": STAT, "entropy_ptr": STAT}
-    yield Entry(OURS, "triage_rank, keys", triage.keys_kernel, arguments, off)
-    yield Entry(OURS, "triage_rank, rank", triage.rank_kernel, {**shared, "k": "i32"}, off)
-    arguments = {**shared, "quadrant_ptr": "*i8:16", "role_ptr": "*i8:16", "kept_index_ptr": "*i64:16"}
-    arguments |= {"supplemented_ptr": mask, "alpha_ptr": STAT}
-    yield Entry(OURS, "triage_rank, place", triage.place_kernel, arguments, off)
-
-
 def ours(arch: str, divisible: bool) -> Iterator[Entry]:
     """Every kernel of this package."""
     vocabulary = VOCABULARY[divisible]
     yield token_stats(arch, vocabulary)
     yield token_stats_backward(arch, vocabulary, ("nll",))
     yield token_stats_backward(arch, vocabulary, ("nll", "entropy", "lse"), name="token_stats_backward, all")
-    if divisible:  # the policy does not know the vocabulary
-        yield from policy()
 
 
 def liger(arch: str, divisible: bool) -> Iterator[Entry]:

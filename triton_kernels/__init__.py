@@ -1,7 +1,6 @@
 """The Triton backend for CUDA and ROCm tensors (and CPU tensors in the interpreter): one module per operator.
 
-The row operators of `qtuning_kernels/kernels/contract.py` and the policy operators of
-`qtuning_kernels/pruning/operators.py`. Imported as `qtuning_kernels.triton_kernels`.
+The row operators of `qtuning_kernels/kernels/contract.py`. Imported as `qtuning_kernels.triton_kernels`.
 """
 
 from qtuning_kernels.kernels.contract import BackendUnavailableError
@@ -13,17 +12,11 @@ except ImportError as error:
         f"the package triton cannot be imported ({error}); get it with: pip install 'qtuning-kernels[triton]'"
     ) from error
 
-from qtuning_kernels.triton_kernels.segment_means import segment_means
-from qtuning_kernels.triton_kernels.select_tokens import select_tokens
 from qtuning_kernels.triton_kernels.token_stats import token_stats
 from qtuning_kernels.triton_kernels.token_stats_backward import token_stats_backward, token_stats_backward_
-from qtuning_kernels.triton_kernels.triage_rank import triage_rank
 
 __all__ = [
-    "segment_means",
-    "select_tokens",
     "token_stats",
     "token_stats_backward",
     "token_stats_backward_",
-    "triage_rank",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor
 # Whether a product and a sum become one rounding: the compiler's default has changed between releases, so it is
 # said at every launch.
 FUSED = {"enable_fp_fusion": True}
-UNFUSED = {"enable_fp_fusion": False}
 
 # decided, as by @triton.jit, when this module is imported
 INTERPRETED = triton.knobs.runtime.interpret

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qtuning_kernels.pruning.operators import ALPHA_MAX_PERCENT, min_max
+from qtuning_kernels.pruning.rank import ALPHA_MAX_PERCENT, min_max
 
 # 0.49 · 2^-48 is far below the distance between two thresholds of any pool that fits into memory
 _ITERATIONS = 48
@@ -19,7 +19,7 @@ def _quantile(ascending: Tensor, count: Tensor, gamma: Tensor) -> Tensor:
 
 
 def triage_bisect(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The paper's loop, with the arguments, the results and the decisions of the operator `triage_rank`.
+    """The paper's loop, with the arguments, the results and the decisions of `triage_rank`.
 
     On pools without tied values it gives the same samples, roles and quadrants. Two things differ: `alpha` is
     the one that the loop ended at, and on tied values a sample that is both high and low counts as high.

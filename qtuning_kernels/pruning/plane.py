@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtuning_kernels.arguments import FLOATS, check_cu_seqlens, check_same_length, check_vector
-from qtuning_kernels.pruning.operators import operators_for
+from qtuning_kernels.pruning.segments import segment_means
 
 
 class EUPlane(NamedTuple):
@@ -46,5 +46,5 @@ def eu_plane(nll: Tensor, entropy: Tensor, cu_seqlens: Tensor) -> EUPlane:
     check_same_length("entropy", entropy, nll.shape[0], "one per token of nll")
     check_cu_seqlens(cu_seqlens, nll)
     values = torch.stack((nll.detach(), entropy.detach()))  # [2, T]
-    means = operators_for(values.device).segment_means(values, cu_seqlens.contiguous())  # [2, B]
+    means = segment_means(values, cu_seqlens)  # [2, B]
     return EUPlane(means[0].exp(), means[1], cu_seqlens.diff().to(torch.int64))

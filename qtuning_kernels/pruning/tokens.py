@@ -14,7 +14,7 @@ from qtuning_kernels.arguments import (
 )
 from qtuning_kernels.config import NEIGHBOR_REDUCTIONS, TOKEN_ORDERS
 from qtuning_kernels.pruning.budget import keep_counts
-from qtuning_kernels.pruning.operators import operators_for
+from qtuning_kernels.pruning.segments import segment_of
 from qtuning_kernels.pruning.triage import Triage
 
 # a score is at most twice the largest perplexity, and 2·e^88 = 3.3e38 is still below float32's 3.4e38
@@ -68,11 +68,60 @@ def prune_tokens(
     whole = torch.where(triage.role == 4, lengths, 0)
     num_keep = torch.where(triage.role == 2, keep_counts(keep_ratio, lengths), whole)  # [B]
     ppl = nll.detach().float().clamp(max=MAX_NLL).exp()
-    return operators_for(ppl.device).select_tokens(
-        ppl.contiguous(),
-        cu_seqlens.contiguous(),
-        num_keep,
-        float(neighbor_weight),
-        order == "keep_high",
-        neighbor_reduction == "mean",
+    return select_tokens(
+        ppl, cu_seqlens, num_keep, float(neighbor_weight), order == "keep_high", neighbor_reduction == "mean"
     )
+
+
+def neighbor_scores(ppl: Tensor, cu_seqlens: Tensor, neighbor_weight: float, neighbor_mean: bool) -> Tensor:
+    """float32 ``[T]``, eq. 7 as `select_tokens` states it; arguments as there, T and B at least 1."""
+    ppl = ppl.float()
+    position = torch.arange(ppl.shape[0], device=ppl.device)
+    segment = segment_of(cu_seqlens, ppl.shape[0]).clamp(max=cu_seqlens.shape[0] - 2)
+    before = torch.where(position > cu_seqlens[segment], ppl.roll(1), ppl)
+    after = torch.where(position + 1 < cu_seqlens[segment + 1], ppl.roll(-1), ppl)
+    around = (before + after) * 0.5 if neighbor_mean else before + after
+    return ppl * (1.0 - neighbor_weight) + around * neighbor_weight
+
+
+def select_tokens(
+    ppl: Tensor,
+    cu_seqlens: Tensor,
+    num_keep: Tensor,
+    neighbor_weight: float,
+    keep_high: bool,
+    neighbor_mean: bool,
+) -> Tensor:
+    """Stage 2: the tokens of each segment with the lowest neighbour score (eq. 7; decisions e to g).
+
+    The score is ``(a · p[i]) + (w · (p[i−1] + p[i+1]))``, or ``(a · p[i]) + (w · ((p[i−1] + p[i+1]) · 0.5))``
+    with `neighbor_mean`, in float32, every operation rounded by itself (no fused multiply-add). ``w`` is
+    `neighbor_weight` rounded to float32, ``a`` is ``1 − neighbor_weight`` taken in float64, then rounded. A
+    neighbour outside the segment is the token itself (decision f). A NaN score counts as +inf.
+
+    Args:
+        ppl: float32 ``[T]``, not negative, so clamped that no score overflows.
+        cu_seqlens: int32 ``[B+1]``, non-decreasing from 0 to T.
+        num_keep: int64 ``[B]``; 0 keeps none, the segment's length (or more) keeps all.
+        neighbor_weight: λ in ``[0, 1]``.
+        keep_high: keep the highest scores instead.
+        neighbor_mean: weigh the neighbours' mean instead of their sum (decision g).
+
+    Returns:
+        bool ``[T]``. Among equal scores the earlier token is kept, in both orders.
+    """
+    size, segments = ppl.shape[0], cu_seqlens.shape[0] - 1
+    if size == 0 or segments == 0:
+        return torch.zeros_like(ppl, dtype=torch.bool)
+    position = torch.arange(size, device=ppl.device)
+    segment = segment_of(cu_seqlens, size)
+    inside = segment < segments
+    segment = segment.clamp(max=segments - 1)
+    start = cu_seqlens[segment]
+    score = neighbor_scores(ppl, cu_seqlens, neighbor_weight, neighbor_mean)
+    score = score.masked_fill(score.isnan(), torch.inf)
+
+    by_score = score.argsort(descending=keep_high, stable=True)
+    order = by_score[segment[by_score].argsort(stable=True)]  # segment by segment, best score first
+    chosen = inside & (position - start < num_keep[segment])  # the order has the segments' own layout
+    return torch.empty_like(chosen).scatter(0, order, chosen)

@@ -8,7 +8,7 @@ from qtuning_kernels.arguments import FLOATS, check_choice, check_ratio, check_s
 from qtuning_kernels.config import TRIAGE_METHODS
 from qtuning_kernels.pruning.bisection import triage_bisect
 from qtuning_kernels.pruning.budget import keep_count
-from qtuning_kernels.pruning.operators import operators_for
+from qtuning_kernels.pruning.rank import triage_rank
 
 
 class Triage(NamedTuple):
@@ -44,7 +44,7 @@ def triage_samples(ppl: Tensor, entropy: Tensor, keep_ratio: float, *, method: s
         entropy: ``[B]`` of the same dtype, mean entropy in nats. A sample with a NaN or an infinity in either
             is not eligible.
         keep_ratio: share of the samples to keep, in (0, 1].
-        method: ``"rank"``, the closed form, on every backend; ``"bisect"``, the paper's loop in PyTorch. They
+        method: ``"rank"``, the closed form; ``"bisect"``, the paper's loop. They
             agree on pools without tied values; on ties the rank form is the definition.
 
     Returns:
@@ -60,7 +60,7 @@ def triage_samples(ppl: Tensor, entropy: Tensor, keep_ratio: float, *, method: s
         raise ValueError("ppl has 0 entries; accepted: a pool of at least one sample")
     check_ratio("keep_ratio", keep_ratio)
     check_choice("method", method, TRIAGE_METHODS)
-    triage = triage_bisect if method == "bisect" else operators_for(ppl.device).triage_rank
+    triage = triage_bisect if method == "bisect" else triage_rank
     k = keep_count(keep_ratio, ppl.shape[0])
     ppl, entropy = (x.detach().float().contiguous() for x in (ppl, entropy))
     return Triage(*triage(ppl, entropy, k))

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.pruning.operators import neighbor_scores
-from qtuning_kernels.pruning.tokens import MAX_NLL
+from qtuning_kernels.pruning.tokens import MAX_NLL, neighbor_scores
 from qtuning_kernels.training.planner import StepPlan
 
 PROMPT_TOKENS = 512  # the end of the prompt that the token view shows

@@ -1,7 +1,5 @@
-"""The Triton backend as a whole: a training run, very large vocabularies, rows without a finite maximum, its grids."""
+"""The Triton backend as a whole: a training run, very large vocabularies, rows without a finite maximum."""
 
-import importlib
-import itertools
 import subprocess
 import sys
 
@@ -101,34 +99,6 @@ def test_token_stats_return_the_contract_tuples(served_by):
     nll, stats = triton_kernels.token_stats(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), -100, Scaling())
     assert isinstance(nll, torch.Tensor)
     assert isinstance(stats, RowStats)
-
-
-def test_segment_means_of_more_rows_than_a_second_axis_holds(served_by, monkeypatch):
-    """Rows on the grid's second axis fail to launch beyond 65,535; the interpreter knows no such limit."""
-    module = importlib.import_module("qtuning_kernels.triton_kernels.segment_means")
-    grids = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *arguments, **options: None
-
-    values, cu_seqlens = torch.randn(70_000, 4), torch.tensor([0, 1, 4], dtype=torch.int32)
-    monkeypatch.setattr(module, "segment_means_kernel", Recorder())
-    assert module.segment_means(values, cu_seqlens).shape == (70_000, 2)
-    assert grids == [(140_000,)]
-
-
-def test_segment_means_of_several_rows(served_by):
-    from qtuning_kernels import triton_kernels
-
-    values = torch.randn(5, 1300)
-    cu_seqlens = torch.tensor([0, 1, 1, 700, 1300], dtype=torch.int32)
-    segments = [values[:, a:b].double() for a, b in itertools.pairwise(cu_seqlens)]
-    expected = torch.stack([x.mean(1).float() for x in segments], 1)
-    actual = triton_kernels.segment_means(values, cu_seqlens)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7, equal_nan=True)
-    assert actual[:, 1].isnan().all()
 
 
 def test_gpu_benchmark_prints_its_plan():

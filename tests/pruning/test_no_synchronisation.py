@@ -5,8 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtuning_kernels as qk
-from qtuning_kernels.pruning import operators as reference_policy
 from qtuning_kernels.pruning.bisection import triage_bisect
+from qtuning_kernels.pruning.rank import triage_rank
+from qtuning_kernels.pruning.segments import segment_means
+from qtuning_kernels.pruning.tokens import select_tokens
 
 READS = {
     "_local_scalar_dense",
@@ -47,10 +49,10 @@ def policy(nll, entropy, cu_seqlens, method="rank"):
 
 
 OPERATORS = {
-    "segment_means": lambda nll, entropy, cu: reference_policy.segment_means(torch.stack((nll, entropy)), cu),
-    "triage_rank": lambda nll, entropy, cu: reference_policy.triage_rank(nll, entropy, 3),
+    "segment_means": lambda nll, entropy, cu: segment_means(torch.stack((nll, entropy)), cu),
+    "triage_rank": lambda nll, entropy, cu: triage_rank(nll, entropy, 3),
     "triage_bisect": lambda nll, entropy, cu: triage_bisect(nll, entropy, 3),
-    "select_tokens": lambda nll, entropy, cu: reference_policy.select_tokens(
+    "select_tokens": lambda nll, entropy, cu: select_tokens(
         nll, cu, torch.ones_like(cu[1:], dtype=torch.int64), 0.5, False, True
     ),
 }
@@ -89,7 +91,7 @@ def test_shapes_are_known_beforehand(method):
 
 
 @pytest.mark.parametrize(("method", "dynamic"), [("rank", False), ("rank", True), ("bisect", False)])
-def test_traces_whole(backend, method, dynamic):
+def test_traces_whole(method, dynamic):
     """One graph without a break, the argument checks included."""
     torch._dynamo.reset()
     traced = torch.compile(policy, fullgraph=True, dynamic=dynamic, backend="eager")

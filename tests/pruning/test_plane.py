@@ -13,7 +13,7 @@ def prefix_sum(lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_worked(backend, dtype):
+def test_worked(dtype):
     nll = torch.tensor([0.0, 2.0, 3.0, 1.0, 2.0, 6.0], dtype=dtype)
     entropy = torch.tensor([1.0, 2.0, 0.5, 0.0, 0.0, 3.0], dtype=dtype)
     plane = qk.eu_plane(nll, entropy, prefix_sum([2, 1, 0, 3]))
@@ -24,7 +24,7 @@ def test_worked(backend, dtype):
     assert [x.dtype for x in plane] == [torch.float32, torch.float32, torch.int64]
 
 
-def test_broken_token_spoils_its_own_sample_only(backend):
+def test_broken_token_spoils_its_own_sample_only():
     """A running sum over the whole pool would carry the NaN into every later sample."""
     nll = torch.tensor([1.0, math.nan, 2.0, math.inf, 3.0])
     plane = qk.eu_plane(nll, torch.ones(5), prefix_sum([1, 1, 1, 1, 1]))
@@ -32,14 +32,14 @@ def test_broken_token_spoils_its_own_sample_only(backend):
     assert plane.entropy.tolist() == [1.0] * 5
 
 
-def test_perplexity_that_overflows_is_ineligible(backend):
+def test_perplexity_that_overflows_is_ineligible():
     """Mean nll 90: e^90 is infinite in float32, so the sample has no place on the plane (decision d)."""
     plane = qk.eu_plane(torch.tensor([90.0, 1.0]), torch.ones(2), prefix_sum([1, 1]))
     assert plane.ppl[0] == math.inf
     assert qk.triage_samples(plane.ppl, plane.entropy, 1.0).keep.tolist() == [False, True]
 
 
-def test_gradient_free(backend):
+def test_gradient_free():
     nll = torch.rand(4, requires_grad=True)
     assert not qk.eu_plane(nll, torch.rand(4), prefix_sum([2, 2])).ppl.requires_grad
 

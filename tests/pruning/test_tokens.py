@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import qtuning_kernels as qk
 from qtuning_kernels.pruning.budget import keep_count, keep_counts
-from qtuning_kernels.pruning.tokens import MAX_NLL
+from qtuning_kernels.pruning.tokens import MAX_NLL, select_tokens
 
 from .pools import PROPERTY
 
@@ -59,32 +59,32 @@ WORKED = torch.tensor([2.0, 8.0, 1.0, 4.0, 1.0]).log()
         (0.4, {"neighbor_weight": 1.0}, [1, 3]),  # 10 3 12 2 5
     ],
 )
-def test_worked(backend, ratio, options, expected):
+def test_worked(ratio, options, expected):
     # exp(log p) may be one unit off p, which would break the ties that the example is about
     nll = WORKED.double()
     assert torch.equal(nll.float().exp(), torch.tensor([2.0, 8.0, 1.0, 4.0, 1.0]))
     assert kept(nll, [5], [2], ratio, **options) == expected
 
 
-def test_neighbours_stay_within_their_sample(backend):
+def test_neighbours_stay_within_their_sample():
     """Beside a segment boundary stands 1e6, which would cost token 2 its place if it leaked in."""
     nll = torch.tensor([1e6, 1e6, 1.0, 2.0, 3.0, 1e6]).log()
     assert kept(nll, [2, 3, 1], [0, 2, 0], 0.34) == [2]
 
 
-def test_roles(backend):
+def test_roles():
     """Q2 is pruned, Q4 whole, the rest gone, empty samples included; a sample of one token survives."""
     nll = torch.zeros(11)
     assert kept(nll, [3, 4, 0, 3, 0, 1], [4, 2, 2, 0, 4, 2], 0.5) == [0, 1, 2, 3, 4, 10]
 
 
-def test_nothing_kept(backend):
+def test_nothing_kept():
     assert kept(torch.rand(4), [1, 3], [0, 0], 0.5) == []
     assert kept(torch.rand(0), [0, 0], [2, 4], 0.5) == []
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_huge_nll_keeps_its_order(backend, reduction):
+def test_huge_nll_keeps_its_order(reduction):
     """Without the clamp e^89 is inf, every score beside it is inf too (NaN with λ = 0), and the early tokens
     are kept because they tie."""
     nll = torch.tensor([500.0, 89.0, INF, 1.0, 2.0, 1.0])
@@ -96,6 +96,14 @@ def test_largest_score_is_finite():
     """λ = 1 with the sum: twice the largest perplexity. One nat more would be too much."""
     ppl = torch.tensor([MAX_NLL, MAX_NLL + 1]).exp()
     assert (ppl + ppl).isfinite().tolist() == [True, False]
+
+
+def test_nan_scores_tie_with_infinite_ones():
+    """Scores ∞ ∞ NaN NaN NaN NaN NaN 1.5 1.5: a sort that puts NaN above ∞ would keep token 2 first."""
+    ppl = torch.tensor([5.0, INF, INF, NAN, NAN, NAN, 1.0, 1.0, 1.0])
+    arguments = (ppl, prefix_sum([9]), torch.tensor([3]), 0.5)
+    assert select_tokens(*arguments, True, False).nonzero().flatten().tolist() == [0, 1, 2]
+    assert select_tokens(*arguments, False, False).nonzero().flatten().tolist() == [0, 7, 8]
 
 
 def test_counts_are_those_of_integer_arithmetic():

@@ -31,28 +31,28 @@ def assert_triage(triage, quadrant, role, kept_index, supplemented, alpha):
     assert triage.alpha.shape == ()
 
 
-def test_worked_trim(backend):
+def test_worked_trim():
     """Both corners come in at κ = 1, room is for one: equal scores, so the lower index. The other one keeps
     its quadrant."""
     assert_triage(qk.triage_samples(*WORKED, 0.25), [2, 4, 0, 0], [2, 0, 0, 0], [0], [], 1 / 8)
 
 
-def test_worked_exact(backend):
+def test_worked_exact():
     assert_triage(qk.triage_samples(*WORKED, 0.5), [2, 4, 0, 0], [2, 4, 0, 0], [0, 1], [], 1 / 8)
 
 
-def test_worked_fill(backend):
+def test_worked_fill():
     """Two corner samples for three places: sample 3 has the higher score and leans to Q4 (2/18 < 1/4)."""
     assert_triage(qk.triage_samples(*WORKED, 0.75), [2, 4, 1, 3], [2, 4, 0, 4], [0, 1, 3], [3], 0.49)
 
 
-def test_worked_fill_leaning_to_q2(backend):
+def test_worked_fill_leaning_to_q2():
     """The same pool with the entropies of 2 and 3 lowered a little: now both lean to Q2 (decision c)."""
     entropy = torch.tensor([0.1, 0.9, 0.3, 0.15])
     assert_triage(qk.triage_samples(WORKED[0], entropy, 0.75), [2, 4, 1, 3], [2, 4, 2, 0], [0, 1, 2], [2], 0.49)
 
 
-def test_ineligible_samples_are_never_kept(backend):
+def test_ineligible_samples_are_never_kept():
     """k comes from all six, everything else from the four that have a place on the plane (decision d)."""
     ppl = torch.tensor([NAN, 10.0, 1.0, INF, 5.0, 2.0])
     entropy = torch.tensor([0.2, 0.1, 0.9, 0.2, 0.5, 0.3])
@@ -60,7 +60,7 @@ def test_ineligible_samples_are_never_kept(backend):
     assert_triage(triage, [0, 2, 4, 0, 1, 3], [0, 2, 4, 0, 0, 4], [1, 2, 5], [5], 0.49)
 
 
-def test_fewer_eligible_than_the_budget(backend):
+def test_fewer_eligible_than_the_budget():
     """All eligible ones are kept, and the padding of kept_index cannot be used by mistake."""
     ppl = torch.tensor([NAN, 3.0, -INF, 1.0])
     entropy = torch.tensor([0.2, 0.1, 0.9, NAN])
@@ -70,24 +70,24 @@ def test_fewer_eligible_than_the_budget(backend):
         ppl[triage.kept_index]
 
 
-def test_no_eligible_sample(backend):
+def test_no_eligible_sample():
     bad = torch.full((3,), NAN)
     assert_triage(qk.triage_samples(bad, bad, 0.7), [0, 0, 0], [0, 0, 0], [3, 3], [], 0.49)
 
 
-def test_pool_of_one(backend):
+def test_pool_of_one():
     """It is high on both axes, in no corner, and the only one to fill with."""
     assert_triage(qk.triage_samples(*torch.tensor([[3.0], [0.5]]), 0.1), [1], [4], [0], [0], 0.49)
 
 
-def test_constant_axis(backend):
+def test_constant_axis():
     """Constant PPL makes everything high and normalises to 0: a low entropy is Q2, and who fills in has role
     4, the highest entropy first."""
     ppl, entropy = torch.full((4,), 7.0), torch.tensor([0.4, 0.1, 0.3, 0.2])
     assert_triage(qk.triage_samples(ppl, entropy, 0.75), [1, 2, 1, 2], [4, 2, 0, 2], [0, 1, 3], [0], 0.49)
 
 
-def test_duplicates(backend):
+def test_duplicates():
     """Identical samples tie in everything: the lower index is kept."""
     assert qk.triage_samples(torch.full((8,), 2.0), torch.full((8,), 1.0), 0.25).kept_index.tolist() == [0, 1]
 

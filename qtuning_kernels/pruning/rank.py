@@ -1,54 +1,9 @@
-"""The three operators of the policy in plain PyTorch, for every device: segment means, rank triage, token selection.
-
-On GPUs that Triton serves, `triton_kernels` has the same three as kernels, equal to these exactly, ties included.
-Nothing here waits for the device: no value is read on the host and no shape depends on data, so all of it also runs on
-meta tensors. The letters in the docstrings are the decisions of docs/method.md.
-"""
-
-import importlib
-import sys
-from types import ModuleType
+"""Stage 1 as a ranking: the closed form of the paper's bisection, without a loop and without waiting for the device."""
 
 import torch
 from torch import Tensor
 
-from qtuning_kernels.kernels.dispatch import backend
-
 ALPHA_MAX_PERCENT = 49  # the bisection's upper end, α ≤ 0.49
-
-
-def operators_for(device: torch.device) -> ModuleType:
-    """The module whose `segment_means`, `triage_rank` and `select_tokens` serve tensors on `device`.
-
-    Under `torch.compile` it is this one, from which the compiler makes kernels of its own.
-    """
-    if torch.compiler.is_compiling() or device.type == "meta" or backend(device) != "triton":
-        return sys.modules[__name__]
-    return importlib.import_module("qtuning_kernels.triton_kernels")
-
-
-def _segment_of(cu_seqlens: Tensor, size: int) -> Tensor:
-    """The segment that holds each of `size` positions; B for a position behind the last segment."""
-    position = torch.arange(size, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], position, right=True)  # [size]
-
-
-def segment_means(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The mean of every segment of every row (eq. 4 and 5 before the exponential).
-
-    Args:
-        values: float32 or float64 ``[C, T]``.
-        cu_seqlens: int32 ``[B+1]``, non-decreasing from 0 to T.
-
-    Returns:
-        float32 ``[C, B]``: the float64 sum, divided in float64, then rounded. NaN for an empty segment. A NaN
-        or an infinity stays within its own segment.
-    """
-    rows, size = values.shape
-    segments = cu_seqlens.shape[0] - 1
-    sums = values.new_zeros((rows, segments + 1), dtype=torch.float64)
-    sums = sums.index_add(1, _segment_of(cu_seqlens, size), values.double())
-    return (sums[:, :segments] / cu_seqlens.diff()).float()
 
 
 def _axis_keys(x: Tensor, eligible: Tensor, count: Tensor, never: int) -> tuple[Tensor, Tensor]:
@@ -148,57 +103,3 @@ def triage_rank(ppl: Tensor, entropy: Tensor, k: int) -> tuple[Tensor, Tensor, T
         keep & (key == never),
         alpha.float(),
     )
-
-
-def neighbor_scores(ppl: Tensor, cu_seqlens: Tensor, neighbor_weight: float, neighbor_mean: bool) -> Tensor:
-    """float32 ``[T]``, eq. 7 as `select_tokens` states it; arguments as there, T and B at least 1."""
-    ppl = ppl.float()
-    position = torch.arange(ppl.shape[0], device=ppl.device)
-    segment = _segment_of(cu_seqlens, ppl.shape[0]).clamp(max=cu_seqlens.shape[0] - 2)
-    before = torch.where(position > cu_seqlens[segment], ppl.roll(1), ppl)
-    after = torch.where(position + 1 < cu_seqlens[segment + 1], ppl.roll(-1), ppl)
-    around = (before + after) * 0.5 if neighbor_mean else before + after
-    return ppl * (1.0 - neighbor_weight) + around * neighbor_weight
-
-
-def select_tokens(
-    ppl: Tensor,
-    cu_seqlens: Tensor,
-    num_keep: Tensor,
-    neighbor_weight: float,
-    keep_high: bool,
-    neighbor_mean: bool,
-) -> Tensor:
-    """Stage 2: the tokens of each segment with the lowest neighbour score (eq. 7; decisions e to g).
-
-    The score is ``(a · p[i]) + (w · (p[i−1] + p[i+1]))``, or ``(a · p[i]) + (w · ((p[i−1] + p[i+1]) · 0.5))``
-    with `neighbor_mean`, in float32, every operation rounded by itself (no fused multiply-add). ``w`` is
-    `neighbor_weight` rounded to float32, ``a`` is ``1 − neighbor_weight`` taken in float64, then rounded. A
-    neighbour outside the segment is the token itself (decision f). A NaN score counts as +inf.
-
-    Args:
-        ppl: float32 ``[T]``, not negative, so clamped that no score overflows.
-        cu_seqlens: int32 ``[B+1]``, non-decreasing from 0 to T.
-        num_keep: int64 ``[B]``; 0 keeps none, the segment's length (or more) keeps all.
-        neighbor_weight: λ in ``[0, 1]``.
-        keep_high: keep the highest scores instead.
-        neighbor_mean: weigh the neighbours' mean instead of their sum (decision g).
-
-    Returns:
-        bool ``[T]``. Among equal scores the earlier token is kept, in both orders.
-    """
-    size, segments = ppl.shape[0], cu_seqlens.shape[0] - 1
-    if size == 0 or segments == 0:
-        return torch.zeros_like(ppl, dtype=torch.bool)
-    position = torch.arange(size, device=ppl.device)
-    segment = _segment_of(cu_seqlens, size)
-    inside = segment < segments
-    segment = segment.clamp(max=segments - 1)
-    start = cu_seqlens[segment]
-    score = neighbor_scores(ppl, cu_seqlens, neighbor_weight, neighbor_mean)
-    score = score.masked_fill(score.isnan(), torch.inf)
-
-    by_score = score.argsort(descending=keep_high, stable=True)
-    order = by_score[segment[by_score].argsort(stable=True)]  # segment by segment, best score first
-    chosen = inside & (position - start < num_keep[segment])  # the order has the segments' own layout
-    return torch.empty_like(chosen).scatter(0, order, chosen)
