@@ -74,7 +74,7 @@ class QTuningConfig:
             them.
     """
 
-    policy: Any = setting("qtuning", check_policy)
+    policy: Any = setting("qtuning", check_policy)  # noqa: RUF009 - as the others, but for its type
     policy_options: Mapping[str, Any] = setting(dict, check_options)
     sample_ratio: float = setting(0.125, check_ratio)
     token_ratio: float = setting(0.5, check_ratio)
