@@ -39,7 +39,8 @@ def planes(bench: Bench, count: int) -> dict[str, torch.Tensor]:
     samples = bench.samples[:count]
     found = {}
     for dtype in ("float32", "bfloat16"):
-        plane = eu_plane(*scoring.score_samples(bench.model, samples, score_dtype=dtype))
+        scores = scoring.score_samples(bench.model, samples, score_dtype=dtype)
+        plane = eu_plane(scores.nll, scores.entropy, scores.cu_seqlens)
         found[dtype] = torch.stack([plane.ppl, plane.entropy])
     return found
 

@@ -205,20 +205,24 @@ class Bench:
 
         return step
 
-    def config(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str) -> QTuningConfig:
-        return QTuningConfig(
-            sample_ratio=sample_ratio, token_ratio=token_ratio, score_dtype=score_dtype, matmul=matmul, record=False
-        )
+    def config(self, policy: str = "qtuning", **settings: object) -> QTuningConfig:
+        """At the ratios of the command line, unless others are given."""
+        ratios = {"sample_ratio": self.options.sample_ratio, "token_ratio": self.options.token_ratio}
+        return QTuningConfig(policy=policy, record=False, **(ratios | settings))
 
-    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str = "auto") -> Step:
-        trainer = QTuningTrainer(
+    def trainer(self, config: QTuningConfig, reference: dict | None = None) -> QTuningTrainer:
+        return QTuningTrainer(
             self.model,
             self.arguments(transformers.TrainingArguments),
             train_dataset=datasets.Dataset.from_list(self.features(0)),
             processing_class=self.tokenizer,
-            qtuning=self.config(sample_ratio, token_ratio, score_dtype, matmul),
+            qtuning=config,
+            reference_nll=reference,
         )
-        return self._selecting_step(trainer)
+
+    def ours(self, sample_ratio: float, token_ratio: float, score_dtype: str, matmul: str = "auto") -> Step:
+        settings = {"token_ratio": token_ratio, "score_dtype": score_dtype, "matmul": matmul}
+        return self.selecting_step(self.trainer(self.config(sample_ratio=sample_ratio, **settings)))
 
     def mixin_over_trl(self) -> Step:
         import trl
@@ -230,11 +234,11 @@ class Bench:
             self.arguments(trl.SFTConfig),
             train_dataset=datasets.Dataset.from_list(self._trl_features()),
             processing_class=self.tokenizer,
-            qtuning=self.config(self.options.sample_ratio, self.options.token_ratio, "auto", "auto"),
+            qtuning=self.config(),
         )
-        return self._selecting_step(trainer)
+        return self.selecting_step(trainer)
 
-    def _selecting_step(self, trainer: transformers.Trainer) -> Step:
+    def selecting_step(self, trainer: transformers.Trainer) -> Step:
         run = self._trainer_step(trainer)
 
         def step(index: int) -> dict[str, float]:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.commands import fetch, info, options, report, score, select, train
+from qtuning_kernels.commands import fetch, info, options, policies, report, score, select, train
 
 # one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
-COMMANDS = (train, report, score, select, fetch, info)
+COMMANDS = (train, report, score, select, policies, fetch, info)
 _DEBUG = "--debug"
 
 
@@ -93,6 +93,8 @@ def _config_value(path: Path, name: str, value: Any, option: argparse.Action) ->
             raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
         return value
     if isinstance(value, (list, dict)) and option.default == argparse.SUPPRESS:  # a field of TrainingArguments
+        return value
+    if isinstance(value, dict) and option.type is json.loads:
         return value
     if isinstance(value, (bool, list, dict)):
         raise UsageError(f"{path}: {name} is {value!r}; accepted: one text or number")

@@ -150,6 +150,19 @@ def load_model(source: str) -> Any:
     return model
 
 
+def load_reference(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``reference_model`` and ``reference_nll`` as the trainers take them.
+
+    Raises:
+        FileNotFoundError, ValueError: what the options name is missing, or cannot be loaded.
+    """
+    name, file = arguments.reference_model, arguments.reference_scores
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"--reference-scores {file}: no such file")
+    model = load_model(model_source(argparse.Namespace(model=name))) if name else None
+    return {"reference_model": model, "reference_nll": file}
+
+
 def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     """(records, samples, report) of the data that is asked for."""
     from qtuning_kernels.data.sources import read_records

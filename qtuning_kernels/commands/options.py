@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from qtuning_kernels.config import QTuningConfig, check_settings
 
+POLICY = ("policy", "policy_options", "sample_ratio", "triage_method")
 TOKEN_PRUNING = ("token_ratio", "neighbor_weight", "token_mode", "token_order", "neighbor_reduction")
 SCORING = ("score_dtype", "matmul", "score_batch_tokens")
 _METAVARS = {int: "N", float: "X"}
@@ -83,17 +84,29 @@ def argument_texts(cls: type) -> dict[str, str]:
 def add_settings(group: Any, names: Iterable[str]) -> None:
     """Options of fields of `QTuningConfig`, which has their types, defaults, choices and help."""
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(QTuningConfig)}
-    texts = argument_texts(QTuningConfig)
+    texts, defaults = argument_texts(QTuningConfig), QTuningConfig()
     for name in names:
-        field = fields[name]
-        if field.type is bool:
-            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        field, default = fields[name], getattr(defaults, name)
+        if name == "policy":
+            kind: dict[str, Any] = {"metavar": "NAME"}
+        elif name == "policy_options":
+            kind = {"type": json.loads, "metavar": "JSON"}
+        elif field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         elif field.type is str:
             kind = {"choices": field.metadata["accepted"][0]}
         else:
             kind = {"type": field.type, "metavar": _METAVARS[cast(type, field.type)]}
-        text = f"{texts.get(name, '')} (default: {field.default})"
-        group.add_argument(option_name(name), default=field.default, help=text, **kind)
+        text = f"{texts.get(name, '')} (default: {default or 'none'})"
+        group.add_argument(option_name(name), default=default, help=text, **kind)
+
+
+def add_reference(group: Any) -> None:
+    """Options of a policy that compares with another model."""
+    text = "model that policies compare with, like --model"
+    group.add_argument("--reference-model", metavar="PATH|NAME", help=text)
+    text = "its scores, a file that qtuning score --output wrote of the same data"
+    group.add_argument("--reference-scores", type=Path, metavar="FILE", help=text)
 
 
 def qtuning_config(arguments: argparse.Namespace) -> QTuningConfig:

@@ -17,8 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="write the Error-Uncertainty plane of a data set",
         description="Score a data set with a model, without training, and write one row per sample as "
         "Parquet: sample_id (the record's number, from 0), ppl, entropy (nats), num_tokens, quadrant (1 to "
-        "4, 0 in the middle), role (2: kept, tokens to be pruned; 4: kept whole; 0: not kept), the tag "
-        "column, and the beginnings of prompt and answer. The whole data set is one selection pool.",
+        "4, 0 in the middle), role (2: kept, tokens to be pruned; 4: kept whole; 0: not kept), nll (nats, of "
+        "each trainable token), the tag column, and the beginnings of prompt and answer. The whole data "
+        "set is one selection pool.",
         epilog="example: qtuning score --model HuggingFaceTB/SmolLM2-135M-Instruct my.jsonl --output plane.parquet",
     )
     options.add_config(parser)
@@ -39,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     config = options.qtuning_config(arguments)
     inputs = load_inputs(arguments, console, output=arguments.output)
-    selection = select_from_all(inputs, config, console)
+    selection, scores = select_from_all(inputs, config, console)
     plane, triage = selection.plane, selection.triage
+    assert scores and plane and triage  # noqa: PT018 - Q-Tuning has them
     ids = inputs.samples["sample_id"][:]
     tags = None if inputs.tags is None else [inputs.tags[i] for i in ids]
     limit, texts = inputs.text_limit(), list(inputs.texts())
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         "num_tokens": plane.num_tokens.numpy(),
         "quadrant": triage.quadrant.numpy(),
         "role": triage.role.numpy(),
+        "nll": pa.array([part.numpy() for part in scores.nll.split(plane.num_tokens.tolist())], pa.list_(pa.float32())),
     }
     if inputs.tag_field is not None:
         columns[inputs.tag_field] = tags

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands import options
-from qtuning_kernels.commands.inputs import Inputs, load_inputs
+from qtuning_kernels.commands.inputs import Inputs, load_inputs, load_reference
 from qtuning_kernels.commands.scored import select_from_all
 from qtuning_kernels.commands.terminal import log, quadrant_table
 from qtuning_kernels.data.conversations import ASSISTANT_NAMES
@@ -20,8 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "select",
         help="write the pruned data set",
-        description="Score a data set with a model, without training, and write the samples that Q-Tuning "
-        "keeps as JSON Lines, for use with any other trainer. The whole data set is one selection pool.",
+        description="Score a data set with a model, without training, and write the samples that a policy, Q-Tuning "
+        "by default, keeps as JSON Lines, for use with any other trainer. The whole data set is one selection pool.",
         epilog="example: qtuning select --model HuggingFaceTB/SmolLM2-135M-Instruct my.jsonl "
         "--sample-ratio 0.25 --output kept.jsonl",
     )
@@ -35,11 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         choices=FORMS,
         default="records",
         help="records: the kept records as they are, no token pruned (default); text: the same, but the "
-        "answers of quadrant 2 lose the text of their pruned tokens; tokens: input_ids and labels, with "
+        "answers lose the text of their pruned tokens; tokens: input_ids and labels, with "
         "--token-mode applied",
     )
     group = parser.add_argument_group("selection and computation")
-    options.add_settings(group, ("sample_ratio", "triage_method", *options.TOKEN_PRUNING, *options.SCORING))
+    options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING, *options.SCORING))
+    options.add_reference(group)
+    group.add_argument("--seed", type=int, default=42, help="of what a policy draws (default: 42)")
     return parser
 
 
@@ -49,8 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     config = options.qtuning_config(arguments)
     inputs = load_inputs(arguments, console, output=arguments.output)
-    selection = select_from_all(inputs, config, console)
-    kept = selection.triage.keep.nonzero().flatten().tolist()
+    reference = None
+    if arguments.reference_model or arguments.reference_scores:
+        from qtuning_kernels.training.reference import ReferenceScores
+
+        given = load_reference(arguments)
+        reference = ReferenceScores(given["reference_model"], given["reference_nll"])
+    selection, _ = select_from_all(inputs, config, console, seed=arguments.seed, reference=reference)
+    kept = selection.keep.nonzero().flatten().tolist()
     seen, trained = len(selection.token_mask), int(selection.token_mask.sum())
     if arguments.write == "tokens":
         rows = _token_rows(inputs.samples, selection, kept, config.token_mode)
@@ -58,9 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         rows = _text_rows(inputs, selection, kept, console)
     else:
         rows = (_record(inputs, index) for index in kept)
-        trained = int(selection.cu_seqlens.diff()[selection.triage.keep].sum())
+        trained = int(selection.cu_seqlens.diff()[selection.keep].sum())
     _write(rows, arguments.output)
-    console.print(quadrant_table(selection.triage.quadrant.tolist(), selection.triage.keep.tolist()))
+    if selection.triage is not None:
+        console.print(quadrant_table(selection.triage.quadrant.tolist(), selection.keep.tolist()))
     samples = f"{len(kept)} of {len(inputs.samples)} samples"
     log(console, f"{samples}, {trained} of {seen} answer tokens in {arguments.output}")
 
@@ -83,11 +92,11 @@ def _token_rows(samples: Any, selection: Any, kept: list[int], token_mode: str) 
 
 
 def _text_rows(inputs: Inputs, selection: Any, kept: list[int], console: Any) -> Iterable[dict[str, Any]]:
-    """The kept records; those of quadrant 2 with answers of their kept tokens alone."""
+    """The kept records; those with pruned tokens with answers of their kept tokens alone."""
     column, whole = inputs.shape.columns[-1], 0
     for index in kept:
         record = _record(inputs, index)
-        if int(selection.triage.role[index]) == 2:
+        if not selection.keep_of(index).all():
             answers = _kept_answers(inputs.samples[index], selection.keep_of(index), inputs.tokenizer)
             pruned = with_answers(record[column], answers)
             whole += pruned is None
@@ -95,7 +104,7 @@ def _text_rows(inputs: Inputs, selection: Any, kept: list[int], console: Any) ->
         yield record
     if whole:
         reason = "an answer would be empty, calls a tool, or was lost to --cutoff"
-        log(console, f"{whole} records of quadrant 2 are written whole: {reason}")
+        log(console, f"{whole} records with pruned tokens are written whole: {reason}")
 
 
 def _kept_answers(row: dict[str, Any], keep: Any, tokenizer: Any) -> list[str]:

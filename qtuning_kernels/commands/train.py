@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
-from qtuning_kernels.commands.inputs import load_inputs
+from qtuning_kernels.commands.inputs import load_inputs, load_reference
 from qtuning_kernels.commands.terminal import log, quadrant_table
 from qtuning_kernels.files import write_atomic
 from qtuning_kernels.run_record.schema import QUADRANT_LABELS
@@ -36,7 +36,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     options.add_model_and_data(parser)
 
     group = parser.add_argument_group("pruning")
-    options.add_settings(group, ("sample_ratio", "triage_method", *options.TOKEN_PRUNING))
+    options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING))
+    options.add_reference(group)
     options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     _write_json(output / OPTIONS_FILE, _options(arguments))
     if qtuning.record:
         write_texts(output / "record", inputs.texts(), limit=inputs.text_limit())
-    trainer = _trainer(training, inputs, qtuning)
+    trainer = _trainer(training, inputs, qtuning, load_reference(arguments))
     panel = RunPanel(console)
     trainer.add_callback(panel)
     started = time.perf_counter()
@@ -165,7 +166,7 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     return TrainingArguments(**defaults | options.training_arguments(arguments) | renamed)
 
 
-def _trainer(training: Any, inputs: Any, qtuning: Any) -> Any:
+def _trainer(training: Any, inputs: Any, qtuning: Any, reference: dict[str, Any]) -> Any:
     from transformers import PrinterCallback
 
     from qtuning_kernels import QTuningTrainer
@@ -176,6 +177,7 @@ def _trainer(training: Any, inputs: Any, qtuning: Any) -> Any:
         train_dataset=inputs.samples,
         processing_class=inputs.tokenizer,
         qtuning=qtuning,
+        **reference,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -7,6 +7,7 @@ unknown.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def take_apart(batch: Mapping[str, Any]) -> tuple[list[Sample], BatchKind]:
     Args:
         batch: ``input_ids`` and ``labels`` (−100 outside the answer), ``[B, L]`` with ``attention_mask`` (absent:
             nothing is padding), or ``[1, N]`` with ``position_ids`` and no mask. ``sample_id`` ``[B]`` names samples
-            (absent: a hash of the tokens).
+            (absent: a hash of the tokens); ``token_weight``, of `input_ids`' shape, is what each label counts.
 
     Raises:
         ValueError: a column is missing, has another shape, or is none that can be divided by samples.
@@ -104,7 +105,9 @@ def _sample(columns: dict[str, Tensor], values: dict[str, list], row: int) -> Sa
             "or a padding-free row without attention_mask"
         )
     own = {name: column[row] for name, column in values.items()}
-    return to_sample(columns.pop("input_ids"), columns.pop("labels"), own.pop("sample_id", None), columns, own)
+    weights = columns.pop("token_weight", None)
+    sample = to_sample(columns.pop("input_ids"), columns.pop("labels"), own.pop("sample_id", None), columns, own)
+    return sample if weights is None else replace(sample, weights=weights[sample.label_positions])
 
 
 def _of_row(tokens: dict[str, Tensor], batch: Mapping[str, Any]) -> list[Sample]:
@@ -132,6 +135,8 @@ def put_together(samples: Sequence[Sample], kind: BatchKind) -> dict[str, Any]:
     rows = []
     for sample in samples:
         row = {**sample.columns, "input_ids": sample.input_ids, "labels": sample.aligned_labels()}
+        if "token_weight" in kind.columns:
+            row["token_weight"] = sample.aligned_weights()
         if kind.padding_free:
             row["position_ids"] = torch.arange(len(sample.input_ids))
         rows.append(row)

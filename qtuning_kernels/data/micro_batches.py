@@ -16,7 +16,8 @@ class MicroBatch(NamedTuple):
 
     input_ids ``[b, L]``; position_ids ``[1, L]`` if samples are packed, else None; rows ``[n]``, indices
     into the flattened hidden states that predict a trainable token; labels ``[n]``; token_index ``[n]``, the place
-    of each of these tokens in the flattened tokens of the samples as they were passed.
+    of each of these tokens in the flattened tokens of the samples as they were passed; weights ``[n]``, what they
+    count, None where samples have no weights.
     """
 
     input_ids: Tensor
@@ -24,6 +25,7 @@ class MicroBatch(NamedTuple):
     rows: Tensor
     labels: Tensor
     token_index: Tensor
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         return MicroBatch._make(x if x is None else x.to(device, non_blocking=True) for x in self)
@@ -57,12 +59,15 @@ def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "p
     return [build([short[i] for i in group], [starts[i] for i in group]) for group in groups]
 
 
-def _flat(samples: list[Sample], row_starts: list[int], token_starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(
+    samples: list[Sample], row_starts: list[int], token_starts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     rows = torch.cat([s.label_positions - 1 + start for s, start in zip(samples, row_starts, strict=True)])
     token_index = torch.cat(
         [torch.arange(start, start + len(s.label_positions)) for s, start in zip(samples, token_starts, strict=True)]
     )
-    return rows, torch.cat([s.labels for s in samples]), token_index
+    weights = [s.weights for s in samples if s.weights is not None]
+    return rows, torch.cat([s.labels for s in samples]), token_index, torch.cat(weights) if weights else None
 
 
 def _padded(samples: list[Sample], token_starts: list[int]) -> MicroBatch:

@@ -23,6 +23,7 @@ class Sample:
         sample_id: stable over epochs and runs.
         columns: what else a batch holds per token, ``[L, ..]`` each.
         values: what else it holds per sample.
+        weights: floating ``[T]``, what each label counts in the loss; None: 1.
     """
 
     input_ids: Tensor
@@ -31,6 +32,7 @@ class Sample:
     sample_id: int | str
     columns: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def trimmed(self, *, with_last_label: bool = False) -> "Sample":
         """Without the tokens after which nothing is predicted: attention is causal, so no result changes.
@@ -38,7 +40,7 @@ class Sample:
         The last label's own token goes as well, unless a batch in which labels lie beside their tokens has to hold it.
         """
         end = int(self.label_positions[-1]) + with_last_label if len(self.label_positions) else 1 + with_last_label
-        return self._with(slice(0, end), self.label_positions, self.labels)
+        return self._with(slice(0, end), self.label_positions)
 
     def aligned_labels(self) -> Tensor:
         """int64 ``[L]``: each label beside its token, −100 elsewhere."""
@@ -46,9 +48,16 @@ class Sample:
         labels[self.label_positions] = self.labels
         return labels
 
+    def aligned_weights(self) -> Tensor:
+        """float32 ``[L]``: the weight of each label beside its token, 0 elsewhere."""
+        weights = torch.zeros(len(self.input_ids))
+        weights[self.label_positions] = 1.0 if self.weights is None else self.weights.float()
+        return weights
+
     def masked(self, keep: Tensor) -> "Sample":
         """The same sequence with only the label positions that `keep` (bool ``[T]``) marks."""
-        return replace(self, label_positions=self.label_positions[keep], labels=self.labels[keep])
+        weights = None if self.weights is None else self.weights[keep]
+        return replace(self, label_positions=self.label_positions[keep], labels=self.labels[keep], weights=weights)
 
     def dropped(self, keep: Tensor) -> "Sample":
         """The sequence without its pruned tokens, and only the kept label positions.
@@ -61,11 +70,11 @@ class Sample:
         present = torch.ones_like(self.input_ids, dtype=torch.bool)
         present[self.label_positions[~keep & follows]] = False
         moved = present.long().cumsum(0) - 1
-        return self._with(present, moved[self.label_positions[keep]], self.labels[keep])
+        return self.masked(keep)._with(present, moved[self.label_positions[keep]])
 
-    def _with(self, tokens: slice | Tensor, label_positions: Tensor, labels: Tensor) -> "Sample":
+    def _with(self, tokens: slice | Tensor, label_positions: Tensor) -> "Sample":
         columns = {name: column[tokens] for name, column in self.columns.items()}
-        return Sample(self.input_ids[tokens], label_positions, labels, self.sample_id, columns, self.values)
+        return replace(self, input_ids=self.input_ids[tokens], label_positions=label_positions, columns=columns)
 
 
 def content_id(input_ids: Sequence[int]) -> int:

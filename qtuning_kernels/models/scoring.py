@@ -19,11 +19,17 @@ from qtuning_kernels.models.matmul import Precision, choose_precision, float32_m
 
 
 class Scores(NamedTuple):
-    """nll and entropy, float32 ``[T]`` in nats, sample by sample, and int32 ``cu_seqlens [B+1]``."""
+    """nll, entropy and lse, float32 ``[T]`` in nats, sample by sample, and int32 ``cu_seqlens [B+1]``."""
 
     nll: Tensor
     entropy: Tensor
+    lse: Tensor
     cu_seqlens: Tensor
+
+    def cpu(self) -> "Scores":
+        """On the host, in one copy."""
+        nll, entropy, lse = torch.stack(self[:3]).cpu()
+        return Scores(nll, entropy, lse, self.cu_seqlens.cpu())
 
 
 def layout_for(model: nn.Module) -> str:
@@ -76,7 +82,7 @@ class Scorer:
             autocast: makes the context manager of a forward, if the run computes under one.
         """
         cu_seqlens = cu_seqlens_of(samples)
-        stats = torch.zeros(2, int(cu_seqlens[-1]), device=device)
+        stats = torch.zeros(3, int(cu_seqlens[-1]), device=device)
         batches = micro_batches(samples, self.batch_tokens, layout_for(self.causal_lm.base))
         if self.sharded:
             batches += [nothing()] * (largest(len(batches)) - len(batches))
@@ -91,9 +97,10 @@ class Scorer:
                 self.tokens_scored += batch.input_ids.numel()
                 batch = batch.to(device)
                 result = self._forward(batch)
-                stats[0, batch.token_index] = result.nll.to(stats.dtype)
-                stats[1, batch.token_index] = result.entropy.to(stats.dtype)
-        return Scores(stats[0], stats[1], cu_seqlens.to(device))
+                for row, values in zip(stats, (result.nll, result.entropy, result.lse), strict=True):
+                    row[batch.token_index] = values.to(stats.dtype)
+        nll, entropy, lse = stats
+        return Scores(nll, entropy, lse, cu_seqlens.to(device))
 
     def _forward(self, batch: MicroBatch) -> TokenStats:
         def stats_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
@@ -132,7 +139,7 @@ def score_samples(
     score_dtype: str = "auto",
     matmul: str = "auto",
 ) -> Scores:
-    """nll and entropy of every trainable token of `samples` under `model`, in nats.
+    """nll, entropy and lse of every trainable token of `samples` under `model`, in nats.
 
     Args:
         model: a `transformers` causal language model or a PEFT model around one.
@@ -142,7 +149,7 @@ def score_samples(
         score_dtype, matmul: as in `QTuningConfig`.
 
     Returns:
-        `Scores`: nll ``[T]``, entropy ``[T]``, cu_seqlens ``[B+1]``, on the model's device.
+        `Scores`: nll, entropy and lse ``[T]``, cu_seqlens ``[B+1]``, on the model's device.
 
     Raises:
         ValueError: an unsupported model (see `CausalLM`), or a malformed sample.

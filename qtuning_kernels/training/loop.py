@@ -10,6 +10,7 @@ from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.batches import put_together, take_apart
 from qtuning_kernels.data.samples import without_labels
 from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.pruning.policies import make_policy
 from qtuning_kernels.training.planner import StepPlanner
 
 _PLANNERS: WeakKeyDictionary[nn.Module, StepPlanner] = WeakKeyDictionary()
@@ -40,6 +41,8 @@ def select_batch(model: nn.Module, batch: Mapping[str, Any], config: QTuningConf
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     planner = _PLANNERS.get(inner)
     if planner is None or planner.config != config:
+        if (policy := make_policy(config)).weighted:
+            raise ValueError(f"policy {policy!r} weighs tokens; accepted: one that keeps or prunes, or QTuningTrainer")
         causal_lm = CausalLM(inner)
         causal_lm.check(inner)
         parameter = next(inner.parameters())

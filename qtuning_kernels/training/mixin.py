@@ -4,7 +4,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,16 +16,19 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.data.batches import put_together, take_apart
-from qtuning_kernels.data.samples import without_labels
+from qtuning_kernels.data.batches import BatchKind, put_together, take_apart
+from qtuning_kernels.data.samples import Sample, without_labels
 from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.matmul import Precision, float32_matmul
+from qtuning_kernels.pruning.policies import Policy, make_policy
 from qtuning_kernels.run_record.writer import RunRecord
 from qtuning_kernels.training.accounting import Totals
 from qtuning_kernels.training.checkpoints import latest_checkpoint
 from qtuning_kernels.training.planner import StepPlan, StepPlanner
 from qtuning_kernels.training.record_rows import sample_rows, step_row, token_rows
+from qtuning_kernels.training.reference import ReferenceScores
+from qtuning_kernels.training.support import refuse_unsupported
 
 if TYPE_CHECKING:  # what stands behind the mixin in the bases
     from transformers import Trainer as Host
@@ -49,6 +52,8 @@ class QTuningMixin(Host):
     Args:
         *args, **kwargs: the host's.
         qtuning: the settings; default `QTuningConfig()`.
+        reference_model, reference_nll: as in `ReferenceScores`, for a policy that needs them; the first is moved to the
+            run's device.
 
     Raises:
         ValueError: a model that is not supported, a pool of one, a wrapper in which this cannot work; from training, a
@@ -57,14 +62,33 @@ class QTuningMixin(Host):
 
     model: nn.Module
 
-    def __init__(self, *args: Any, qtuning: QTuningConfig | None = None, **kwargs: Any) -> None:
+    takes_weights = False  # whether the loss can weigh tokens
+
+    def __init__(
+        self,
+        *args: Any,
+        qtuning: QTuningConfig | None = None,
+        reference_model: nn.Module | None = None,
+        reference_nll: Mapping[int | str, Any] | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.qtuning = QTuningConfig() if qtuning is None else qtuning
+        self.policy = make_policy(self.qtuning)
+        if self.policy.weighted and not self.takes_weights:
+            raise ValueError(
+                f"policy {self.policy!r} weighs tokens, and the loss of {type(self).__name__} is its host's, which "
+                "takes no weights; accepted: a policy that keeps or prunes, or QTuningTrainer"
+            )
         super().__init__(*args, **kwargs)
+        self.reference: ReferenceScores | None = None
+        if "reference_nll" in self.policy.needs:
+            model = reference_model and reference_model.to(self.args.device)
+            self.reference = ReferenceScores(model, reference_nll)
         self.causal_lm = CausalLM(self.model)
         self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.sharded:  # or else its weights may be in parts already
             self.causal_lm.check()
-        self._refuse_unsupported()
+        refuse_unsupported(self)
         policy: Any = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
         if getattr(policy, "output_dtype", None) is not None:  # would round scores and losses as they leave the model
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
@@ -75,36 +99,6 @@ class QTuningMixin(Host):
         self._window = Totals()  # since the last log
         self._resume_from: str | None = None
         self.add_callback(_Accounts(self))
-
-    def _refuse_unsupported(self) -> None:
-        pool = self.args.per_device_train_batch_size
-        if self.qtuning.selection_scope == "global":
-            pool *= self.args.world_size
-        if pool < 2 and self.qtuning.sample_ratio < 1:
-            raise ValueError(
-                f"per_device_train_batch_size is {self.args.per_device_train_batch_size}, the selection pool, and of a "
-                "pool of one nothing can be pruned; accepted: 2 or more (the paper uses 8)"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError("nn.DataParallel is not supported; start one process per GPU, with torchrun or accelerate")
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        for name in ("tp", "cp", "sp"):
-            if getattr(parallelism, f"{name}_enabled", False):
-                raise ValueError(
-                    f"parallelism_config has {name}_size {getattr(parallelism, f'{name}_size')}; accepted: 1, since a "
-                    "sample has to be scored whole by one process"
-                )
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
-            raise ValueError("fsdp_version is 1; accepted: 2, whose modules gather their parameters one by one")
-        half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-        if half:
-            warnings.warn(
-                f"{len(half)} trainable parameters are not float32 (first: {half[0]}): with half-precision "
-                "master weights most updates of a fine-tuning run round to nothing. Load the model with "
-                "dtype=torch.float32 and set bf16=True for mixed precision.",
-                stacklevel=3,
-            )
 
     # what Trainer calls
 
@@ -143,7 +137,8 @@ class QTuningMixin(Host):
                 return batches, count
             pools, kinds = zip(*map(take_apart, batches), strict=True)
             seconds = time.perf_counter() - start
-            self._plan = plan = planner.plan(list(pools), epoch=self.state.epoch or 0.0)
+            state = self.state
+            self._plan = plan = planner.plan(list(pools), state.epoch or 0.0, state.global_step, state.max_steps)
             plan.clock.seconds["data"] = seconds
             if plan.num_kept == 0:
                 warnings.warn(
@@ -154,8 +149,11 @@ class QTuningMixin(Host):
             if not planner.selects:
                 return batches, count
             triples = zip(plan.kept, pools, kinds, strict=True)
-            batches = [put_together(kept or [without_labels(pool)], kind) for kept, pool, kind in triples]
+            batches = [_batch(kept, pool, kind, self.policy) for kept, pool, kind in triples]
             count = self._get_num_items_in_batch(batches, device)
+            if self.policy.weighted:  # and the loss a mean over all tokens, pruned ones included
+                everywhere = self.args.average_tokens_across_devices
+                count = plan.totals.tokens_seen if everywhere else sum(len(s.labels) for pool in pools for s in pool)
         if count is None:
             if any((batch["labels"][:, 1:] == -100).all() for batch in batches):
                 raise ValueError(
@@ -206,7 +204,7 @@ class QTuningMixin(Host):
     def _begin(self) -> StepPlanner:
         """Before the first step: the planner, what a resumed run brings along, and the record."""
         pool = getattr(self, "_train_batch_size", 2)  # `auto_find_batch_size` may have made it smaller
-        if pool < 2 and self.qtuning.sample_ratio < 1 and self.args.world_size == 1:
+        if pool < 2 and self.policy.of_pool and self.qtuning.sample_ratio < 1 and self.args.world_size == 1:
             raise ValueError(f"the batch size found is {pool}, the selection pool; accepted: 2 or more")
         self.causal_lm = CausalLM(self.model)  # `model_init` may have made another since
         if self.sharded:
@@ -216,7 +214,17 @@ class QTuningMixin(Host):
         metadata = _metadata(state) if state and state.exists() else {}
         precision = Precision(metadata["matmul"], metadata["score_dtype"]) if metadata else None
         where = self.args.device, self.accelerator.autocast
-        self._planner = planner = StepPlanner(self.model, self.causal_lm, self.qtuning, *where, precision, self.sharded)
+        self._planner = planner = StepPlanner(
+            self.model,
+            self.causal_lm,
+            self.qtuning,
+            *where,
+            precision,
+            self.sharded,
+            self.policy,
+            self.args.seed,
+            self.reference,
+        )
         logger.info(str(planner.precision))
         if state and metadata:
             planner.cache.load(state)
@@ -231,7 +239,7 @@ class QTuningMixin(Host):
             )
             self._record.write_run(
                 configuration={
-                    "qtuning": asdict(self.qtuning),
+                    "qtuning": self.qtuning.as_record(),
                     "precision": asdict(planner.precision),
                     "training": self.args.to_sanitized_dict(),
                 }
@@ -283,6 +291,13 @@ class QTuningMixin(Host):
     def qtuning_summary(self) -> dict[str, Any]:
         """Totals of the run, resumed parts included: the fields of `accounting.Totals`, and the precision."""
         return asdict(self.totals) | {"precision": str(self._planner.precision) if self._planner else None}
+
+
+def _batch(kept: list[Sample], pool: list[Sample], kind: BatchKind, policy: Policy) -> dict[str, Any]:
+    """A batch of what is kept, with a column of weights if there are any; never empty."""
+    if policy.weighted:
+        kind = kind._replace(columns=(*kind.columns, "token_weight"), fill=kind.fill | {"token_weight": 0.0})
+    return put_together(kept or [without_labels(pool)], kind)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.collectives import gather, world_size
 from qtuning_kernels.models.matmul import Precision, choose_precision
 from qtuning_kernels.models.scoring import Scorer, Scores
+from qtuning_kernels.pruning.policies import Policy, PoolStats, make_policy
+from qtuning_kernels.pruning.policies.protocol import SCORED
 from qtuning_kernels.training.accounting import Clock, Flops, Totals
 from qtuning_kernels.training.distributed import redistribute
+from qtuning_kernels.training.reference import ReferenceScores
 from qtuning_kernels.training.score_cache import ScoreCache
 from qtuning_kernels.training.selection import Selection, select
 
@@ -28,7 +31,7 @@ class StepPlan:
         kept: what this process trains on, pool by pool: samples whose label positions are the tokens in the loss.
         num_kept: tokens in the loss, over all pools and processes of the step.
         pools: the samples of this process, pool by pool.
-        scores, selections: per pool; empty where both ratios are 1 and nothing was scored.
+        scores, selections: per pool; scores are empty where nothing was scored, selections where all is kept.
         clock, totals: accounts of this step.
         score_age: mean age of the scores, in epochs.
     """
@@ -55,6 +58,9 @@ class StepPlanner:
         autocast: makes the context manager of a forward, if the run computes under one.
         precision: how scoring multiplies; None: chosen here, the same in every process.
         sharded: every process makes the same number of forwards, since parameters are gathered in them.
+        policy: what decides; None: what the settings name.
+        seed: of what policies draw.
+        reference: gives the nll of a reference model, `ReferenceScores`.
     """
 
     def __init__(
@@ -66,7 +72,17 @@ class StepPlanner:
         autocast: Any = nullcontext,
         precision: Precision | None = None,
         sharded: bool = False,
+        policy: Policy | None = None,
+        seed: int = 0,
+        reference: ReferenceScores | None = None,
     ) -> None:
+        self.policy = make_policy(config) if policy is None else policy
+        self.seed, self.reference = seed, reference
+        self._calls = 0
+        if "reference_nll" in self.policy.needs and reference is None:
+            raise ValueError(
+                f"policy {self.policy!r} needs the nll of a reference model; accepted: reference_model or reference_nll"
+            )
         self.causal_lm, self.config, self.device, self.autocast = causal_lm, config, device, autocast
         self.world_size = world_size()
         if precision is None:
@@ -83,15 +99,24 @@ class StepPlanner:
 
     @property
     def selects(self) -> bool:
-        """Whether there is anything to prune; with both ratios 1 nothing is scored."""
-        return self.config.sample_ratio < 1 or self.config.token_ratio < 1
+        """Whether the policy ever keeps less than all."""
+        return self.policy.of_pool
 
-    def plan(self, pools: list[list[Sample]], epoch: float = 0.0) -> StepPlan:
+    def plan(
+        self, pools: list[list[Sample]], epoch: float = 0.0, step: int | None = None, total_steps: int | None = None
+    ) -> StepPlan:
         """Scores and selects the pools of one optimiser step.
+
+        Args:
+            pools: one per batch of the step.
+            epoch, step: passed before this one; by default as often as this was called.
+            total_steps: of the run, if known.
 
         Raises:
             FloatingPointError: every sample that has a trainable token scored NaN.
         """
+        step = self._calls if step is None else step
+        self._calls += 1
         clock = Clock(self.device)
         samples = [sample for pool in pools for sample in pool]
         scores: list[Scores] = []
@@ -100,12 +125,14 @@ class StepPlanner:
         age = 0.0
         if self.selects:
             with clock.phase("score"):
-                all_scores, age = self.cache.score(samples, int(epoch), self._score)
-                scores = _split(all_scores, pools)
-                _refuse_nan(all_scores, samples)
+                if self.policy.needs & SCORED:
+                    all_scores, age = self.cache.score(samples, int(epoch), self._score)
+                    scores = _split(all_scores, pools)
+                    _refuse_nan(all_scores, samples)
+                stats = [self._pool_stats(i, pool, scores, step, total_steps) for i, pool in enumerate(pools)]
             with clock.phase("select"):
                 shared = self.world_size > 1 and self.config.selection_scope == "global"
-                selections = [select(s, self.config, shared=shared) for s in scores]
+                selections = [select(pool, self.policy, shared=shared) for pool in stats]
         with clock.phase("compact"):
             if self.selects:
                 pairs = zip(pools, selections, strict=True)
@@ -119,7 +146,20 @@ class StepPlanner:
         return StepPlan(kept, totals.tokens_kept, pools, scores, selections, clock, totals, age)
 
     def _score(self, samples: Sequence[Sample]) -> Scores:
-        return self.scorer.score(samples, self.device, self.autocast)
+        return self.scorer.score(samples, self.device, self.autocast).cpu()
+
+    def _pool_stats(
+        self, index: int, pool: list[Sample], scores: list[Scores], step: int, total_steps: int | None
+    ) -> PoolStats:
+        needs = self.policy.needs
+        generator = torch.Generator().manual_seed((self.seed << 32) + (step << 8) + index)
+        stats = PoolStats(cu_seqlens_of(pool), [s.sample_id for s in pool], step, total_steps, generator)
+        given: dict[str, Any] = scores[index]._asdict() if scores else {}
+        if "first_nll" in needs:
+            given["first_nll"] = self.cache.first_nll(pool, stats.mean(given["nll"]))
+        if "reference_nll" in needs and self.reference:
+            given["reference_nll"] = self.reference.nll(pool)
+        return replace(stats, **{name: given[name] for name in needs})
 
     def _account(
         self,
@@ -135,9 +175,10 @@ class StepPlanner:
         totals.samples_kept = len(kept)
         totals.tokens_kept = sum(len(s.label_positions) for s in kept)
         for selection in selections:
-            triage = selection.triage
-            finite = selection.plane.ppl.isfinite() & selection.plane.entropy.isfinite()
-            totals.ineligible += int((~finite).sum())
+            plane, triage = selection.plane, selection.triage
+            if plane is None or triage is None:
+                continue
+            totals.ineligible += int((~(plane.ppl.isfinite() & plane.entropy.isfinite())).sum())
             totals.supplemented += int(triage.supplemented.sum())
             for quadrant in range(5):
                 inside = triage.quadrant == quadrant
@@ -162,8 +203,8 @@ def _split(scores: Scores, pools: list[list[Sample]]) -> list[Scores]:
     for pool in pools:
         cu_seqlens = cu_seqlens_of(pool)
         end = start + int(cu_seqlens[-1])
-        on_device = cu_seqlens.to(scores.nll.device)
-        parts.append(Scores(scores.nll[start:end], scores.entropy[start:end], on_device))
+        nll, entropy, lse = (x[start:end] for x in scores[:3])
+        parts.append(Scores(nll, entropy, lse, cu_seqlens))
         start = end
     return parts
 

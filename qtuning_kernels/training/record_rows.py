@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qtuning_kernels.config import QTuningConfig
+from qtuning_kernels.pruning import eu_plane
 from qtuning_kernels.pruning.tokens import MAX_NLL, neighbor_scores
 from qtuning_kernels.training.planner import StepPlan
 
@@ -13,33 +14,33 @@ PROMPT_TOKENS = 512  # the end of the prompt that the token view shows
 
 
 def sample_rows(plan: StepPlan) -> list[dict[str, Any]]:
-    """One row per sample of the step's pools, in their order; scores are null where nothing was scored."""
+    """One row per sample of the step's pools, in their order; what a policy has no use for is null."""
     rows = []
     for index, pool in enumerate(plan.pools):
         selection = plan.selections[index] if plan.selections else None
+        plane = selection.plane if selection else None
+        if plane is None and plan.scores:
+            scores = plan.scores[index]
+            plane = eu_plane(scores.nll, scores.entropy, scores.cu_seqlens)
         for i, sample in enumerate(pool):
             tokens = len(sample.label_positions)
             row: dict[str, Any] = {"id": sample.sample_id, "num_tokens": tokens}
             if selection is None:
                 row |= {"keep": tokens > 0, "kept_tokens": tokens}
             else:
-                triage = selection.triage
-                row |= {
-                    "ppl": float(selection.plane.ppl[i]),
-                    "entropy": float(selection.plane.entropy[i]),
-                    "quadrant": int(triage.quadrant[i]),
-                    "role": int(triage.role[i]),
-                    "keep": bool(triage.keep[i]),
-                    "supplemented": bool(triage.supplemented[i]),
-                    "kept_tokens": int(selection.keep_of(i).sum()),
-                }
+                row |= {"keep": bool(selection.keep[i]), "kept_tokens": int(selection.keep_of(i).sum())}
+            if plane is not None:
+                row |= {"ppl": float(plane.ppl[i]), "entropy": float(plane.entropy[i])}
+            if selection is not None and (triage := selection.triage) is not None:
+                names = ("quadrant", "role", "supplemented")
+                row |= {name: getattr(triage, name)[i].item() for name in names}
             rows.append(row)
     return rows
 
 
 def step_row(plan: StepPlan) -> dict[str, Any]:
     totals = plan.totals
-    alphas = [float(selection.triage.alpha) for selection in plan.selections]
+    alphas = [float(selection.triage.alpha) for selection in plan.selections if selection.triage]
     return {
         "loss": totals.loss_last,
         "alpha": sum(alphas) / len(alphas) if alphas else None,
@@ -55,15 +56,15 @@ def step_row(plan: StepPlan) -> dict[str, Any]:
 
 def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig) -> list[dict[str, Any]]:
     """The tokens of the samples at the positions `chosen`: text, nll and neighbour score, kept or pruned."""
-    if tokenizer is None or not plan.selections:
+    if tokenizer is None or not plan.scores:
         return []
     rows = []
     samples = [(pool, i) for pool, samples in enumerate(plan.pools) for i in range(len(samples))]
     for pool, i in (samples[position] for position in chosen):
         sample, selection, scores = plan.pools[pool][i], plan.selections[pool], plan.scores[pool]
-        start, end = selection.cu_seqlens[i : i + 2].tolist()
-        nll = scores.nll[start:end].cpu()
-        pruned = int(selection.triage.role[i]) == 2
+        start, end = scores.cu_seqlens[i : i + 2].tolist()
+        nll = scores.nll[start:end]
+        pruned = selection.triage is not None and int(selection.triage.role[i]) == 2
         score = neighbor_scores(
             nll.clamp(max=MAX_NLL).exp(),
             torch.tensor([0, end - start], dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""Scores of earlier epochs, for runs that score only every n-th epoch."""
+"""Scores of earlier epochs: of runs that score only every n-th one, and what a sample scored when it was first met."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,19 +11,22 @@ from torch import Tensor
 
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of
 from qtuning_kernels.files import write_atomic
+from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.scoring import Scores
 
 
 class ScoreCache:
     """Per-token scores by sample id, used for `rescore_every` epochs before a sample is scored again.
 
-    Costs 8 bytes per trainable token of the data set on the host; nothing with ``rescore_every=1``. With
-    `always_score` the scorer is called even where no sample needs it, for the sake of the other processes.
+    Costs 12 bytes per trainable token of the data set on the host; nothing with ``rescore_every=1``. With
+    `always_score` the scorer is called even where no sample needs it, for the sake of the other processes. All is on
+    the host.
     """
 
     def __init__(self, rescore_every: int = 1, *, always_score: bool = False) -> None:
         self.rescore_every, self.always_score = rescore_every, always_score
-        self._entries: dict[int | str, tuple[int, Tensor]] = {}  # id -> epoch, [2, T(x)]
+        self._entries: dict[int | str, tuple[int, Tensor]] = {}  # id -> epoch, [3, T(x)]
+        self._first: dict[int | str, float] = {}  # id -> mean nll
 
     def score(
         self, samples: Sequence[Sample], epoch: int, fresh: Callable[[Sequence[Sample]], Scores]
@@ -34,14 +37,23 @@ class ScoreCache:
         stale = [s for s in samples if not self._holds(s, epoch)]
         if stale or self.always_score:
             scores = fresh(stale)
-            stacked = torch.stack([scores.nll, scores.entropy]).cpu()
             sizes = scores.cu_seqlens.diff().tolist()
-            for sample, stats in zip(stale, stacked.split(sizes, dim=1), strict=True):
+            for sample, stats in zip(stale, torch.stack(scores[:3]).split(sizes, dim=1), strict=True):
                 self._entries[sample.sample_id] = (epoch, stats.clone())
         entries = [self._entries[s.sample_id] for s in samples]
-        nll, entropy = torch.cat([stats for _, stats in entries], dim=1)
+        nll, entropy, lse = torch.cat([stats for _, stats in entries], dim=1)
         age = sum(epoch - scored for scored, _ in entries) / len(entries)
-        return Scores(nll, entropy, cu_seqlens_of(samples)), age
+        return Scores(nll, entropy, lse, cu_seqlens_of(samples)), age
+
+    def first_nll(self, samples: Sequence[Sample], mean_nll: Tensor) -> Tensor:
+        """float32 ``[B]``: the mean nll of each sample when any process first scored it; `mean_nll` if that is now.
+
+        Every process calls it as often, and all remember the same.
+        """
+        for part in gather(list(zip((s.sample_id for s in samples), mean_nll.tolist(), strict=True))):
+            for sample_id, mean in part:
+                self._first.setdefault(sample_id, mean)
+        return torch.tensor([self._first[s.sample_id] for s in samples], dtype=torch.float32)
 
     def _holds(self, sample: Sample, epoch: int) -> bool:
         entry = self._entries.get(sample.sample_id)
@@ -56,15 +68,21 @@ class ScoreCache:
         tensors = {
             "epoch": torch.tensor([self._entries[i][0] for i in ids], dtype=torch.int64),
             "length": torch.tensor([s.shape[1] for s in stats], dtype=torch.int64),
-            "stats": torch.cat([torch.zeros(2, 0), *stats], dim=1),
+            "stats": torch.cat([torch.zeros(3, 0), *stats], dim=1),
+            "first_nll": torch.tensor(list(self._first.values()), dtype=torch.float64),
         }
         with write_atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={**metadata, "ids": json.dumps(ids)})
+            save_file(
+                tensors,
+                temporary,
+                metadata={**metadata, "ids": json.dumps(ids), "first_ids": json.dumps(list(self._first))},
+            )
 
     def load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            ids = json.loads(file.metadata()["ids"])
+            ids, first = (json.loads(file.metadata()[name]) for name in ("ids", "first_ids"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         parts = tensors["stats"].split(tensors["length"].tolist(), dim=1)
         rows = zip(ids, tensors["epoch"].tolist(), parts, strict=True)
+        self._first = dict(zip(first, tensors["first_nll"].tolist(), strict=True))
         self._entries = {sample_id: (epoch, stats.clone()) for sample_id, epoch, stats in rows}

@@ -1,17 +1,19 @@
-"""From the scores of a pool to the samples and tokens that are trained on, in one process or many."""
+"""From the statistics of a pool to the samples and tokens that are trained on, in one process or many."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.samples import Sample
 from qtuning_kernels.models.collectives import gather
-from qtuning_kernels.models.scoring import Scores
-from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
+from qtuning_kernels.pruning import EUPlane, Triage
+from qtuning_kernels.pruning.policies.protocol import NEEDS, Decision, Policy, PoolStats
+
+_PER_SAMPLE = ("quadrant", "role", "keep", "supplemented")  # of a Triage
 
 
 @dataclass(frozen=True)
@@ -19,68 +21,103 @@ class Selection:
     """What a pool keeps, on the host.
 
     Attributes:
-        plane: per sample, `EUPlane` ``[B]``.
-        triage: per sample, `Triage` ``[B]``. Of a pool shared by several processes these are the entries of
-            this one's samples, and `kept_index` counts in the shared pool.
-        token_mask: bool ``[T]``, the tokens that are trained on.
         cu_seqlens: int32 ``[B+1]``.
+        keep: bool ``[B]``.
+        token_weight: floating ``[T]``, 0 for every token that is not trained on.
+        weighted: whether weights other than 0 and 1 may occur.
+        plane, triage: of a policy that has them. In a pool shared by several processes these are the entries of this
+            one's samples, and `Triage.kept_index` counts in the shared pool.
     """
 
-    plane: EUPlane
-    triage: Triage
-    token_mask: Tensor
     cu_seqlens: Tensor
+    keep: Tensor
+    token_weight: Tensor
+    weighted: bool = False
+    plane: EUPlane | None = None
+    triage: Triage | None = None
+
+    @property
+    def token_mask(self) -> Tensor:
+        """bool ``[T]``, the tokens that are trained on."""
+        return self.token_weight != 0
+
+    def of(self, index: int) -> slice:
+        """The tokens of one sample."""
+        return slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))
 
     def keep_of(self, index: int) -> Tensor:
         """bool ``[T(x)]``: the tokens of one sample that are trained on."""
-        return self.token_mask[self.cu_seqlens[index] : self.cu_seqlens[index + 1]]
+        return self.token_mask[self.of(index)]
 
     def kept_samples(self, samples: Sequence[Sample], token_mode: str) -> list[Sample]:
         """The kept ones, with the pruned tokens out of the loss (``"mask"``) or the sequence (``"drop"``)."""
-        kept = [i for i, keep in enumerate(self.triage.keep.tolist()) if keep]
         prune = Sample.dropped if token_mode == "drop" else Sample.masked
+        kept = [i for i, keep in enumerate(self.keep.tolist()) if keep]
+        if self.weighted:
+            samples = [replace(sample, weights=self.token_weight[self.of(i)]) for i, sample in enumerate(samples)]
         return [prune(samples[i], self.keep_of(i)) for i in kept]
 
 
-def _shared_triage(plane: EUPlane, config: QTuningConfig) -> Triage:
-    """Every process triages the pools of all as one, and takes its own part of the same result."""
-    parts = gather((plane.ppl.cpu(), plane.entropy.cpu()))
-    ppl, entropy = (torch.cat(axis) for axis in zip(*parts, strict=True))
-    triage = triage_samples(ppl, entropy, config.sample_ratio, method=config.triage_method)
-    rank = dist.get_rank()
-    start = sum(len(part[0]) for part in parts[:rank])
-    own = slice(start, start + len(plane.ppl))
-    fields = triage._asdict()
-    sliced = {name: fields[name][own] for name in ("quadrant", "role", "keep", "supplemented")}
-    return Triage(**{**fields, **sliced})
-
-
-def select(scores: Scores, config: QTuningConfig, *, shared: bool = False) -> Selection:
-    """Plane, triage and token pruning of one pool (Alg. 1, lines 2–32), then one copy to the host.
+def select(pool: PoolStats, policy: Policy, *, shared: bool = False) -> Selection:
+    """What `policy` keeps of a pool.
 
     Args:
-        scores: of the pool's samples, on any device.
-        config: ratios and orders.
-        shared: take the pools of all processes as one (``selection_scope="global"``); what they exchange
-            is two numbers per sample.
+        pool: its statistics.
+        policy: decides.
+        shared: take the pools of all processes as one (``selection_scope="global"``): every process decides about the
+            same pool and takes its own part. What they exchange is a few numbers per trainable token.
+
+    Raises:
+        ValueError: the policy's decision is of another shape or dtype, or weighs tokens without saying so.
     """
-    plane = eu_plane(scores.nll, scores.entropy, scores.cu_seqlens)
+    samples = slice(0, len(pool.num_tokens))
     if shared:
-        triage = Triage(*(x.to(scores.nll.device) for x in _shared_triage(plane, config)))
-    else:
-        triage = triage_samples(plane.ppl, plane.entropy, config.sample_ratio, method=config.triage_method)
-    mask = prune_tokens(
-        scores.nll,
-        scores.cu_seqlens,
-        triage,
-        config.token_ratio,
-        neighbor_weight=config.neighbor_weight,
-        order=config.token_order,
-        neighbor_reduction=config.neighbor_reduction,
-    )
+        parts = gather(replace(pool, generator=torch.Generator()))
+        start = sum(len(part.num_tokens) for part in parts[: dist.get_rank()])
+        samples = slice(start, start + len(pool.num_tokens))
+        pool = replace(_joined(parts), generator=pool.generator)
+    decision = _checked(policy(pool), pool, policy)
+    keep = decision.keep & (pool.num_tokens > 0)
+    weight = torch.where(pool.per_token(keep), decision.token_weight, 0.0)
+    cu_seqlens = pool.cu_seqlens[samples.start : samples.stop + 1]
+    plane, triage = decision.plane, decision.triage
     return Selection(
-        EUPlane(*(x.cpu() for x in plane)),
-        Triage(*(x.cpu() for x in triage)),
-        mask.cpu(),
-        scores.cu_seqlens.cpu(),
+        cu_seqlens - cu_seqlens[0],
+        keep[samples],
+        weight[int(cu_seqlens[0]) : int(cu_seqlens[-1])],
+        policy.weighted,
+        plane and EUPlane(*(axis[samples] for axis in plane)),
+        triage and triage._replace(**{name: getattr(triage, name)[samples] for name in _PER_SAMPLE}),
     )
+
+
+def _joined(parts: Sequence[PoolStats]) -> PoolStats:
+    """Several pools as one."""
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
+    there: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in NEEDS
+        if getattr(parts[0], name) is not None
+    }
+    return replace(
+        parts[0],
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
+        sample_ids=[sample_id for part in parts for sample_id in part.sample_ids],
+        **there,
+    )
+
+
+def _checked(decision: Decision, pool: PoolStats, policy: Policy) -> Decision:
+    size, tokens = len(pool.num_tokens), int(pool.cu_seqlens[-1])
+    keep, weight = decision.keep, decision.token_weight
+    if keep.dtype != torch.bool or keep.shape != (size,):
+        raise ValueError(f"{policy!r} gives keep of {keep.dtype}, {list(keep.shape)}; accepted: bool, [{size}]")
+    if not weight.is_floating_point() or weight.shape != (tokens,):
+        raise ValueError(
+            f"{policy!r} gives token_weight of {weight.dtype}, {list(weight.shape)}; accepted: floating, [{tokens}]"
+        )
+    if not (weight.isfinite() & (weight >= 0)).all():
+        raise ValueError(f"{policy!r} gives a token_weight that is negative or not finite; accepted: 0 and above")
+    if not policy.weighted and not ((weight == 0) | (weight == 1)).all():
+        raise ValueError(f"{policy!r} gives a token_weight of neither 0 nor 1; accepted: that, or weighted = True")
+    return decision

@@ -1,5 +1,6 @@
 """`QTuningTrainer`: Hugging Face's `Trainer` on what Q-Tuning keeps, with the fused loss."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,11 +16,12 @@ from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.data.micro_batches import MicroBatch, micro_batches, nothing
 from qtuning_kernels.data.samples import Sample
 from qtuning_kernels.kernels.contract import stats_dtype
-from qtuning_kernels.kernels.linear import linear_cross_entropy
+from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_stats
 from qtuning_kernels.models.causal_lm import evaluation
 from qtuning_kernels.models.collectives import largest
 from qtuning_kernels.models.matmul import float32_matmul
 from qtuning_kernels.models.scoring import layout_for
+from qtuning_kernels.pruning.policies import Policy
 from qtuning_kernels.training.mixin import QTuningMixin
 from qtuning_kernels.training.planner import StepPlanner
 
@@ -51,6 +53,8 @@ class QTuningTrainer(QTuningMixin, Trainer):
         ValueError: as `QTuningMixin`.
     """
 
+    takes_weights = True
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -75,6 +79,8 @@ class QTuningTrainer(QTuningMixin, Trainer):
             **kwargs,
         )
         self._fused: bool | None = None
+        weighs_loss = type(self.policy).loss_weight is not Policy.loss_weight
+        self._loss_weight = self.policy.loss_weight if weighs_loss else None
 
     def _begin(self) -> StepPlanner:
         self._fused = None
@@ -92,6 +98,11 @@ class QTuningTrainer(QTuningMixin, Trainer):
             if not reasons and not self._loss_is_the_models():
                 reasons = ["the model adds to its loss"]
             self._fused = not reasons
+            if reasons and self.policy.weighted:
+                raise ValueError(
+                    f"policy {self.policy!r} weighs tokens, and the loss is the host's, which takes no weights "
+                    f"({', '.join(reasons)}); accepted: a policy that keeps or prunes"
+                )
             if reasons:
                 logger.warning(f"the loss is the host's, not the fused one: {', '.join(reasons)}")
             else:
@@ -110,14 +121,28 @@ class QTuningTrainer(QTuningMixin, Trainer):
         # the model's own loss may come from rounded logits, as ours does
         return torch.allclose(own.float(), ours.float(), rtol=1e-3)
 
-    def _loss(self, model: nn.Module, batch: MicroBatch, count: Tensor | int, factor: int = 1) -> Tensor:
-        """Σ nll of the micro-batch's labels, times `factor`, over `count`."""
+    def _loss(
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        count: Tensor | int,
+        factor: int = 1,
+        loss_weight: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Σ weight·nll of the micro-batch's labels, times `factor`, over `count`; weights come with the batch or are
+        made of its own statistics."""
 
         def head_loss(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
             options = {"bias": bias, **self.causal_lm.scaling()}
+            if loss_weight is not None:
+                stats = linear_token_stats(hidden, matrix, batch.labels, **options)
+                weight = loss_weight(stats.nll.detach(), stats.entropy.detach(), matrix.shape[0])
+                return (weight * stats.nll).sum() * factor / count
             if hidden.device.type != "cpu":  # weights would be read on the host
-                return linear_cross_entropy(hidden, matrix, batch.labels, **options) * factor / count
+                loss = linear_cross_entropy(hidden, matrix, batch.labels, token_weight=batch.weights, **options)
+                return loss * factor / count
             weight = torch.full(batch.labels.shape, factor, dtype=stats_dtype(matrix.dtype)) / count
+            weight = weight if batch.weights is None else weight * batch.weights
             return linear_cross_entropy(hidden, matrix, batch.labels, token_weight=weight, **options)
 
         return self.causal_lm.forward(model, batch.input_ids, batch.position_ids, batch.rows, head_loss)
@@ -167,7 +192,7 @@ class QTuningTrainer(QTuningMixin, Trainer):
             raise ValueError("num_items_in_batch is None; accepted: the number of labels in the optimiser step")
         # data-parallel training averages gradients over processes, the loss is a mean over all their tokens
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self._loss(model, MicroBatch(**inputs), num_items_in_batch, processes)
+        return self._loss(model, MicroBatch(**inputs), num_items_in_batch, processes, self._loss_weight)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -99,12 +99,14 @@ class Policy:
         """The decision about one pool; the same for the same pool, whichever process asks."""
         raise NotImplementedError
 
-    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor | None:
-        """Weights ``[n]`` of the training forward's tokens, from its own nll and entropy; None: those of the decision.
+    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor:
+        """Where a policy has it: weights ``[n]`` of the training forward's own tokens, instead of the decision's.
 
-        No gradient flows through them.
+        Args:
+            nll, entropy: ``[n]``, nats, detached.
+            vocabulary: V.
         """
-        return None
+        raise NotImplementedError
 
 
 def whole_samples(pool: PoolStats, keep: Tensor) -> Decision:

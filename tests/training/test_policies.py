@@ -1,0 +1,284 @@
+"""Policies in a run: what is scored for them, which tokens they train on, their weights, their state."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import datasets
+import pytest
+import torch
+import transformers
+
+import qtuning_kernels as qk
+from qtuning_kernels.data.collator import PoolCollator
+from qtuning_kernels.data.samples import to_sample
+from qtuning_kernels.models.scoring import Scorer, score_samples
+from qtuning_kernels.pruning.policies import POLICIES, Decision, Policy, PoolStats, make_policy
+from qtuning_kernels.training.score_cache import ScoreCache
+from tests.tiny import PRUNING, VOCABULARY, tiny_model, tiny_samples
+from tests.training.steps import assert_same_gradients, gradients
+from tests.training.test_hosts import FIXED, HostTrainer, make_plain, make_sft
+from tests.training.test_trainer import assert_same_weights, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# what a policy cannot do without
+GIVEN: dict[str, dict] = {}
+
+
+def reference() -> dict:
+    """Another model's scores of `tiny_samples`."""
+    torch.manual_seed(5)
+    other = tiny_model("llama")
+    samples = [to_sample(**row) for row in tiny_samples(64)]
+    scores = score_samples(other, samples)
+    parts = scores.nll.split(scores.cu_seqlens.diff().tolist())
+    return {sample.sample_id: part for sample, part in zip(samples, parts, strict=True)}
+
+
+def run(folder, policy, kind=qk.QTuningTrainer, model=None, samples=None, **settings):
+    """A trainer with this policy, and with the reference that it may need."""
+    options = {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-3, "seed": 7,
+               "save_strategy": "no"}  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        **options | settings,
+    )  # fmt: skip
+    config = qk.QTuningConfig(policy=policy, record=False, **PRUNING, **FIXED)
+    needs = make_policy(config).needs
+    return kind(
+        tiny_model() if model is None else model,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(samples or tiny_samples(24)),
+        data_collator=PoolCollator(),
+        qtuning=config,
+        **({"reference_nll": reference()} if "reference_nll" in needs else {}),
+    )
+
+
+@pytest.mark.parametrize("policy", ["full", "random", "longest", "dft", "eaft", "beyond_ll"])
+def test_nothing_is_scored_that_nobody_needs(tmp_path, monkeypatch, policy):
+    """The model's forwards are those of training alone: a pool fits one micro-batch of each length class."""
+    monkeypatch.setattr(Scorer, "score", lambda *_: pytest.fail("scored"))
+    ours = run(tmp_path, policy)
+    forwards, steps = [], []
+    ours.model.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    loss = ours.compute_loss
+    monkeypatch.setattr(ours, "compute_loss", lambda *a, **k: steps.append(1) or loss(*a, **k))
+    ours.train()
+    assert sum(forwards) == len(steps) >= 4
+    assert len(forwards) - sum(forwards) <= 2  # the probe asks the model for its own loss, and for ours
+    assert ours.qtuning_summary()["tokens_scored"] == 0
+
+
+@pytest.mark.parametrize("policy", ["qtuning", "entropy", "random"])
+def test_pools_are_scored_for_those_who_need_it(tmp_path, policy):
+    ours = run(tmp_path, policy)
+    ours.train()
+    assert (ours.qtuning_summary()["tokens_scored"] > 0) == (policy != "random")
+
+
+@pytest.mark.parametrize("policy", [name for name, each in POLICIES.items() if not each.weighted])
+def test_every_host_trains_on_the_same_tokens(tmp_path, monkeypatch, policy):
+    """The gradients of a pool in our trainer and in a plain one with the mixin, in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    results = {}
+    for kind in (qk.QTuningTrainer, HostTrainer):
+        ours = run(tmp_path, policy, kind, tiny_model().double())
+        results[kind] = gradients(ours, [PoolCollator()(tiny_samples(16)[start : start + 8]) for start in (0, 8)])
+    (_, ours, plan), (_, hosts, theirs) = results.values()
+    assert plan.totals.tokens_kept == theirs.totals.tokens_kept > 0
+    assert_same_gradients(ours, hosts)
+
+
+def test_trl_trains_on_the_tokens_of_our_trainer(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    config = {"record": False, **PRUNING, **FIXED}
+    for policy in ("longest", "entropy", "qtuning"):
+        sft = make_sft(
+            tmp_path, "prompt and completion", tiny_model().double(), qk.QTuningConfig(policy=policy, **config)
+        )
+        batch = next(iter(sft.get_train_dataloader()))
+        ours = make_plain(tmp_path, tiny_model().double(), qk.QTuningConfig(policy=policy, **config))
+        fused = qk.QTuningTrainer(ours.model, ours.args, qtuning=ours.qtuning)
+        _, theirs, plan = gradients(sft, [batch])
+        _, mine, own = gradients(fused, [batch])
+        assert torch.equal(plan.selections[0].token_weight, own.selections[0].token_weight)
+        assert_same_gradients(mine, theirs, 2e-5)  # TRL's own loss is computed in float32
+
+
+def plain_weighted_gradient(model, samples, weight_of):
+    """One sample at a time: Σ weight·nll over the number of all trainable tokens."""
+    model.zero_grad()
+    total, count = 0.0, 0
+    for index, sample in enumerate(samples):
+        log_p = torch.log_softmax(model(input_ids=sample.input_ids[None]).logits[0], -1)[sample.label_positions - 1]
+        nll = -log_p.gather(1, sample.labels[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(1)
+        total = total + (weight_of(index, nll.detach(), entropy.detach()) * nll).sum()
+        count += len(nll)
+    (total / count).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("policy", [name for name, each in POLICIES.items() if each.weighted and not each.of_pool])
+def test_the_loss_is_weighed_by_its_own_forward(tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    ours = run(tmp_path, policy, model=tiny_model().double())
+    samples = [to_sample(**row) for row in tiny_samples(16)]
+    _, actual, _ = gradients(ours, [PoolCollator()(tiny_samples(16)[start : start + 8]) for start in (0, 8)])
+    expected = plain_weighted_gradient(
+        ours.model, samples, lambda index, nll, entropy: ours.policy.loss_weight(nll, entropy, VOCABULARY)
+    )
+    assert_same_gradients(actual, expected)
+
+
+@dataclass(frozen=True)
+class Halves(Policy):
+    """Every second sample whole, of the others every second token at a weight of its own."""
+
+    weighted: ClassVar = True
+
+    def __call__(self, pool: PoolStats) -> Decision:
+        weight = torch.arange(int(pool.cu_seqlens[-1])) % 2 * 0.25
+        odd = pool.per_token(torch.arange(len(pool.num_tokens)) % 2 == 1)
+        return Decision(torch.arange(len(pool.num_tokens)) != 2, torch.where(odd, 1.0, weight))
+
+
+@pytest.mark.parametrize("token_mode", ["mask", "drop"])
+def test_weights_of_a_decision_reach_the_loss(tmp_path, token_mode):
+    ours = run(tmp_path, Halves(), model=tiny_model().double())
+    ours.qtuning = qk.QTuningConfig(policy=Halves(), record=False, token_mode=token_mode, **PRUNING, **FIXED)
+    rows = tiny_samples(8)
+    _, actual, plan = gradients(ours, [PoolCollator()(rows)])
+    weight, cu_seqlens = plan.selections[0].token_weight, plan.selections[0].cu_seqlens
+    assert sorted(set(weight.tolist())) == [0, 0.25, 1]
+    assert not weight[cu_seqlens[2] : cu_seqlens[3]].any()
+    model, total, count = ours.model, 0.0, 0
+    model.zero_grad()
+    for index, sample in enumerate(to_sample(**row) for row in rows):
+        own = weight[cu_seqlens[index] : cu_seqlens[index + 1]]
+        count += len(own)
+        sample = getattr(sample, {"mask": "masked", "drop": "dropped"}[token_mode])(own != 0)
+        log_p = torch.log_softmax(model(input_ids=sample.input_ids[None]).logits[0], -1)
+        total = total - (own[own != 0] * log_p[sample.label_positions - 1, sample.labels]).sum()
+    (total / count).backward()
+    assert_same_gradients(actual, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_weights_are_refused_where_the_loss_takes_none(tmp_path):
+    batch = PoolCollator()(tiny_samples(8))
+    for act in (
+        lambda: run(tmp_path, Halves(), HostTrainer),
+        lambda: qk.select_batch(tiny_model(), batch, qk.QTuningConfig(policy="dft")),
+        lambda: run(tmp_path, "dft", label_smoothing_factor=0.1).train(),
+    ):
+        with pytest.raises(ValueError, match=r"(Halves|DFT|Dft).* weighs tokens.*; accepted"):
+            act()
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_resume_in_the_middle_of_an_epoch(tmp_path, policy):
+    """24 samples in pools of 8: three steps an epoch. A checkpoint after 4 of 8 steps, then on from there."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    whole = run(tmp_path / "whole", policy, **settings)
+    whole.train()
+    resumed = run(tmp_path / "resumed", policy, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_weights(weights(whole), weights(resumed))
+    ours, theirs = whole.qtuning_summary(), resumed.qtuning_summary()
+    for name in ("steps", "samples_seen", "samples_kept", "tokens_kept", "loss_first", "loss_last"):
+        assert ours[name] == theirs[name], name
+
+
+def test_draws_differ_from_step_to_step(tmp_path):
+    ours = run(tmp_path, "random")
+    ours._begin()
+    pools = [[to_sample(**row) for row in tiny_samples(8)]] * 2
+    kept = [ours._planner.plan(pools, step=step).selections[i].keep.tolist() for step in (0, 1) for i in (0, 1)]
+    assert len({tuple(each) for each in kept}) > 1
+    again = ours._planner.plan(pools, step=0).selections
+    assert [each.keep.tolist() for each in again] == kept[:2]
+
+
+def test_first_nll_is_remembered(tmp_path):
+    samples = [to_sample(**row) for row in tiny_samples(3)]
+    cache = ScoreCache()
+    assert cache.first_nll(samples[:2], torch.tensor([1.0, 2.0])).tolist() == [1, 2]
+    assert cache.first_nll(samples, torch.tensor([5.0, 6.0, 7.0])).tolist() == [1, 2, 7]
+    cache.save(tmp_path / "state", {})
+    again = ScoreCache()
+    again.load(tmp_path / "state")
+    assert again.first_nll(samples, torch.tensor([8.0, 8.0, 8.0])).tolist() == [1, 2, 7]
+
+
+@dataclass(frozen=True)
+class Bad(Policy):
+    decision: object = None
+
+    def __call__(self, pool: PoolStats) -> Decision:
+        return self.decision(len(pool.num_tokens), int(pool.cu_seqlens[-1]))
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (lambda b, t: Decision(torch.ones(b), torch.ones(t)), r"keep of torch.float32, \[8\]; accepted: bool"),
+        (lambda b, t: Decision(torch.ones(b) > 0, torch.ones(b)), r"token_weight of .*; accepted: floating"),
+        (lambda b, t: Decision(torch.ones(b) > 0, torch.ones(t) / 2), "neither 0 nor 1; accepted"),
+        (lambda b, t: Decision(torch.ones(b) > 0, -torch.ones(t)), "negative or not finite; accepted"),
+        (lambda b, t: Decision(torch.ones(b) > 0, torch.ones(t) / 0), "negative or not finite; accepted"),
+    ],
+)
+def test_a_bad_decision_is_refused(tmp_path, decision, message):
+    ours = run(tmp_path, Bad(decision))
+    with pytest.raises(ValueError, match=message):
+        gradients(ours, [PoolCollator()(tiny_samples(8))])
+
+
+@dataclass(frozen=True)
+class AboveReference(Policy):
+    """Tokens whose nll is above the reference's."""
+
+    needs: ClassVar = frozenset({"nll", "reference_nll"})
+
+    def __call__(self, pool: PoolStats) -> Decision:
+        return Decision(pool.num_tokens > 0, (pool.nll > pool.reference_nll).float())
+
+
+def test_reference_from_a_model_from_scores_and_from_a_file(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    known = reference()
+    ids = list(known)
+    pq.write_table(pa.table({"sample_id": ids, "nll": [known[i].tolist() for i in ids]}), tmp_path / "plane.parquet")
+    torch.manual_seed(5)
+    weights = []
+    for given in (
+        {"reference_model": tiny_model("llama")},
+        {"reference_nll": known},
+        {"reference_nll": tmp_path / "plane.parquet"},
+    ):
+        config = qk.QTuningConfig(policy=AboveReference(), record=False, **FIXED)
+        arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+        ours = qk.QTuningTrainer(tiny_model(), arguments, qtuning=config, **given)
+        _, _, plan = gradients(ours, [PoolCollator()(tiny_samples(8))])
+        weights.append(plan.selections[0].token_weight)
+        assert 0 < weights[-1].sum() < len(weights[-1])
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "reference_model and reference_nll are None; accepted"),
+        ({"reference_nll": {1000: [1.0]}}, "reference_nll has no sample 10|entries; accepted"),
+        ({"reference_nll": {1000 + i: [1.0] * 99 for i in range(8)}}, r"sample 1000 has 99 entries; accepted: \d+"),
+    ],
+)
+def test_a_bad_reference_is_refused(tmp_path, given, message):
+    config = qk.QTuningConfig(policy=AboveReference(), record=False, **FIXED)
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        gradients(
+            qk.QTuningTrainer(tiny_model(), arguments, qtuning=config, **given), [PoolCollator()(tiny_samples(8))]
+        )
