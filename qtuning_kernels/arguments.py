@@ -128,6 +128,13 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; accepted: a number in [0, 1]")
 
 
+def check_interval(name: str, value: float, least: float, below: float) -> None:
+    """Raise unless `value` is a number in [least, below)."""
+    _check_number(name, value)
+    if not least <= value < below:
+        raise ValueError(f"{name} is {value!r}; accepted: a number in [{least}, {below})")
+
+
 def check_count(name: str, value: int, least: int) -> None:
     """Raise unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -11,7 +11,10 @@ TOKEN_ORDERS = ("keep_low", "keep_high")
 NEIGHBOR_REDUCTIONS = ("sum", "mean")
 MATMULS = ("auto", "default", "onednn")
 # of pruning/policies/registry.py, where they are made
-POLICY_NAMES = ("full", "random", "longest", "entropy", "qtuning", "qtuning_residual")
+POLICY_NAMES = (
+    *("full", "random", "longest", "entropy", "infobatch", "ppl", "ppl_reversed", "rho1", "token_cleaning", "stm"),
+    *("profit", "dft", "beyond_ll", "eaft", "tailsft", "qtuning", "qtuning_residual"),
+)
 
 
 def check_policy(name: str, value: Any) -> None:

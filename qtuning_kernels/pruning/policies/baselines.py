@@ -6,16 +6,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qtuning_kernels.arguments import check_ratio
+from qtuning_kernels.config import setting
 from qtuning_kernels.pruning.budget import keep_count, keep_counts
 from qtuning_kernels.pruning.policies.protocol import Decision, Policy, PoolStats, whole_samples
 from qtuning_kernels.pruning.tokens import select_tokens
 
+SOURCE = "arXiv 2509.23873"  # Q-Tuning's experiments
 
-def highest(score: Tensor, eligible: Tensor, keep_ratio: float) -> Tensor:
-    """bool ``[B]``: the ``max(1, ⌊keep_ratio·B⌋)`` eligible samples of the highest score, ties to the lower index."""
+
+def highest(score: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """bool ``[n]``: the `count` eligible entries of the highest score, ties to the lower index."""
     order = score.masked_fill(~eligible, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
-    return eligible & (rank < keep_count(keep_ratio, len(order)))
+    return eligible & (rank < count)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,13 @@ class Random(Policy):
     """
 
     sample_ratio: float
-    token_share: float = 1.0
+    token_share: float = setting(1.0, check_ratio)
+    source: ClassVar = SOURCE
 
     def __call__(self, pool: PoolStats) -> Decision:
         tokens = pool.num_tokens
         draw = torch.rand(tokens.shape, generator=pool.generator)
-        keep, weight = whole_samples(pool, highest(draw, tokens > 0, self.sample_ratio))[:2]
+        keep, weight = whole_samples(pool, highest(draw, tokens > 0, keep_count(self.sample_ratio, len(tokens))))[:2]
         if self.token_share < 1:
             draw = torch.rand(weight.shape, generator=pool.generator)
             counts = torch.where(keep, keep_counts(self.token_share, tokens), 0)
@@ -60,10 +65,11 @@ class Longest(Policy):
     """
 
     sample_ratio: float
+    source: ClassVar = SOURCE
 
     def __call__(self, pool: PoolStats) -> Decision:
         tokens = pool.num_tokens
-        return whole_samples(pool, highest(tokens.double(), tokens > 0, self.sample_ratio))
+        return whole_samples(pool, highest(tokens.double(), tokens > 0, keep_count(self.sample_ratio, len(tokens))))
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,9 @@ class Entropy(Policy):
     """
 
     sample_ratio: float
+    source: ClassVar = SOURCE
     needs: ClassVar = frozenset({"entropy"})
 
     def __call__(self, pool: PoolStats) -> Decision:
         entropy = pool.mean(pool.entropy)
-        return whole_samples(pool, highest(entropy, entropy.isfinite(), self.sample_ratio))
+        return whole_samples(pool, highest(entropy, entropy.isfinite(), keep_count(self.sample_ratio, len(entropy))))

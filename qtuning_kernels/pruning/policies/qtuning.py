@@ -22,6 +22,7 @@ class QTuning(Policy):
     token_order: str = "keep_low"
     neighbor_reduction: str = "sum"
     triage_method: str = "rank"
+    source: ClassVar = "arXiv 2509.23873"
     needs: ClassVar = frozenset({"nll", "entropy"})
 
     def __call__(self, pool: PoolStats) -> Decision:
@@ -57,6 +58,8 @@ class QTuningResidual(QTuning):
     The second axis is the residual, in ranks, of a least-squares line through the pool's ranks of perplexity and mean
     entropy: perplexity and entropy of answers are so correlated that hardly a sample lies in Q2 or Q4 (decision h).
     """
+
+    source: ClassVar = "this project"
 
     def plane(self, pool: PoolStats) -> EUPlane:
         plane = super().plane(pool)

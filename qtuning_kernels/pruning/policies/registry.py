@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.pruning.policies import baselines, qtuning
+from qtuning_kernels.pruning.policies import baselines, dynamics, qtuning, tokens, weights
 from qtuning_kernels.pruning.policies.protocol import NEEDS, Policy
 
 POLICIES: dict[str, type[Policy]] = {
@@ -14,6 +14,17 @@ POLICIES: dict[str, type[Policy]] = {
     "random": baselines.Random,
     "longest": baselines.Longest,
     "entropy": baselines.Entropy,
+    "infobatch": dynamics.InfoBatch,
+    "ppl": tokens.Ppl,
+    "ppl_reversed": tokens.PplReversed,
+    "rho1": tokens.Rho1,
+    "token_cleaning": tokens.TokenCleaning,
+    "stm": tokens.STM,
+    "profit": tokens.ProFit,
+    "dft": weights.DFT,
+    "beyond_ll": weights.BeyondLL,
+    "eaft": weights.EAFT,
+    "tailsft": dynamics.TailSFT,
     "qtuning": qtuning.QTuning,
     "qtuning_residual": qtuning.QTuningResidual,
 }
