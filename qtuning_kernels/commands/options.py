@@ -113,11 +113,21 @@ def qtuning_config(arguments: argparse.Namespace) -> QTuningConfig:
     """The settings that the options make; a field without an option has its default.
 
     Raises:
-        ValueError: a value that `QTuningConfig` does not accept; the message names the option.
+        ValueError: a value that `QTuningConfig` or its policy does not accept, or a reference that is missing or that
+            nothing reads; the message names the option.
     """
+    from qtuning_kernels.pruning.policies import make_policy
+
     values = _given(arguments, QTuningConfig)
     check_settings(values, option_name)
-    return QTuningConfig(**values)
+    config = QTuningConfig(**values)
+    needed = "reference_nll" in make_policy(config).needs
+    given = [getattr(arguments, name, None) for name in ("reference_model", "reference_scores")]
+    if needed != any(given):
+        what = "needs the scores of another model" if needed else "reads no scores of another model"
+        accepted = "--reference-model or --reference-scores" if needed else "neither reference option"
+        raise ValueError(f"--policy {config.policy} {what}; accepted: {accepted}")
+    return config
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, *, shown: bool) -> None:

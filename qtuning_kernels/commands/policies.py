@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import textwrap
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -17,19 +18,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from rich.console import Console
-    from rich.table import Table
-
     from qtuning_kernels.pruning.policies import POLICIES
 
-    table = Table("policy", "what it keeps", "needs", "options", "trainers", "source")
+    width = max(map(len, POLICIES)) + 2
     for name, policy in POLICIES.items():
-        table.add_row(
-            name,
-            (inspect.getdoc(policy) or "").partition("\n\n")[0].replace("\n", " ").replace("`", ""),
-            ", ".join(sorted(policy.needs)) or "nothing",
-            ", ".join(field.name for field in fields(policy)),  # type: ignore[arg-type]
-            "QTuningTrainer" if policy.weighted else "any",
+        needs = ", ".join(sorted(policy.needs)) or "nothing"
+        options = ", ".join(field.name for field in fields(policy)) or "none"  # type: ignore[arg-type]
+        lines = [
+            (inspect.getdoc(policy) or "").partition("\n\n")[0].replace("`", ""),
+            f"needs {needs}; {'QTuningTrainer only' if policy.weighted else 'any trainer'}; options: {options}",
             policy.source,
-        )
-    Console().print(table, highlight=False)
+        ]
+        for index, line in enumerate(filter(None, lines)):
+            indent = " " * width
+            print(
+                textwrap.fill(
+                    line, 100, initial_indent=indent if index else name.ljust(width), subsequent_indent=indent
+                )
+            )

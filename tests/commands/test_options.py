@@ -10,29 +10,33 @@ from transformers import TrainingArguments
 from qtuning_kernels import QTuningConfig
 from qtuning_kernels.commands import cli, train
 from qtuning_kernels.commands.options import _NOT_OPTIONS, add_training_arguments, argument_texts, qtuning_config
+from qtuning_kernels.config import POLICY_NAMES
 
 # another value than the default for every field
 SETTINGS = {
-    "sample_ratio": 0.25, "token_ratio": 0.75, "neighbor_weight": 0.125, "token_mode": "drop",
+    "policy": "random", "policy_options": {"token_share": 0.5}, "sample_ratio": 0.25, "token_ratio": 0.75,
+    "neighbor_weight": 0.125, "token_mode": "drop",
     "token_order": "keep_high", "neighbor_reduction": "mean", "triage_method": "bisect", "micro_batch_tokens": 64,
     "score_batch_tokens": 128, "score_dtype": "float32", "matmul": "default", "rescore_every": 3,
     "selection_scope": "rank", "record": False, "record_tokens": 7,
 }  # fmt: skip
-SELECTS = {"sample_ratio", "triage_method", "score_batch_tokens", "score_dtype", "matmul"}
+SCORES = {"sample_ratio", "triage_method", "score_batch_tokens", "score_dtype", "matmul"}
 PRUNES = {"token_ratio", "neighbor_weight", "token_mode", "token_order", "neighbor_reduction"}
 
 
 def given(name, value):
     option = f"--{name.replace('_', '-')}"
-    return [option, str(value)] if not isinstance(value, bool) else [option if value else f"--no-{option[2:]}"]
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 @pytest.mark.parametrize(
     ("command", "fields"),
     [
         ("train", {field.name for field in dataclasses.fields(QTuningConfig)}),
-        ("select", SELECTS | PRUNES),
-        ("score", SELECTS),
+        ("select", SCORES | PRUNES | {"policy", "policy_options"}),
+        ("score", SCORES),
     ],
 )
 def test_every_setting_is_an_option(command, fields):
@@ -47,6 +51,24 @@ def test_help_of_settings_is_their_documentation():
     assert texts.keys() == SETTINGS.keys()
     assert texts["sample_ratio"] == "share of a selection pool that is kept, in (0, 1]"
     assert texts["micro_batch_tokens"].endswith("in one training forward and backward. A longer sample goes alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "rendom"], "--policy is 'rendom'; accepted: full, random"),
+        (["--policy", "nowhere:policy"], "policy is 'nowhere:policy', and it cannot be imported"),
+        (["--policy", "json:loads"], "policy is <function loads"),
+        (["--policy-options", '{"share": 1}'], "policy_options has ['share']; accepted for qtuning: ["),
+        (["--policy", "random", "--policy-options", '{"token_share": 0}'], "token_share is 0; accepted"),
+        (["--policy", "rho1"], "--policy rho1 needs the scores of another model; accepted: --reference-model or"),
+        (["--reference-scores", "x"], "--policy qtuning reads no scores of another model; accepted: neither"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "select"])
+def test_a_bad_policy_is_refused_before_anything_is_loaded(command, options, message, capsys):
+    assert cli.main([command, "--model", "./nowhere", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "score", "select"])
@@ -172,3 +194,10 @@ def test_a_run_without_record(options, tmp_path, capsys):
     assert cli.main(["train", *options, "--no-record", "--max-steps", "1", "--output", str(output)]) == 0
     assert not (output / "record").exists()
     assert "qtuning report" not in capsys.readouterr().out
+
+
+def test_every_policy_is_listed(capsys):
+    assert cli.main(["policies"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(POLICY_NAMES)
+    assert sum("QTuningTrainer only" in line for line in lines) == 4

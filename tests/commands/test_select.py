@@ -191,3 +191,36 @@ def test_output_is_whole_or_not_there(model, data, monkeypatch):
     arguments = ["select", "--model", str(model), "--data", str(data)]
     assert cli.main([*arguments, "--prompt-field", "question", "--completion-field", "answer"]) == 1
     assert written() == before
+
+
+def test_other_policies(model, data, capsys):
+    """Random draws by the seed, and longest needs no score; weights, and what only a run has, are refused."""
+    draws = [select(model, data, "--policy", "random", "--seed", seed) for seed in ("1", "1", "2")]
+    assert draws[0] == draws[1] != draws[2]
+    assert all(len(draw) == 16 for draw in draws)
+    longest = select(model, data, "--policy", "longest")
+    assert sorted(len(row["answer"]) for row in ROWS)[16:] == sorted(len(row["answer"]) for row in longest)
+    assert "scoring" not in capsys.readouterr().out
+    for policy in ("dft", "infobatch", "tailsft"):
+        arguments = ["select", "--model", str(model), "--data", str(data), "--policy", policy]
+        assert cli.main([*arguments, "--prompt-field", "question", "--completion-field", "answer"]) == 1
+        assert "is one of training; accepted: one that keeps or prunes by one scoring" in capsys.readouterr().err
+
+
+def test_tokens_against_a_reference(model, data):
+    """The scores that `qtuning score` wrote of the reference, and the reference itself, choose the same tokens."""
+    fields = ["--prompt-field", "question", "--completion-field", "answer", "--score-dtype", "float32"]
+    other = data.parent / "other"
+    causal = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        causal.get_input_embeddings().weight[5:60] *= 0.5
+    causal.save_pretrained(other)
+    AutoTokenizer.from_pretrained(model).save_pretrained(other)
+    assert cli.main(["score", "--model", str(other), "--data", str(data), *fields]) == 0
+    write = ("--policy", "rho1", "--write", "tokens")
+    by_file = select(model, data, *write, "--reference-scores", "plane.parquet")
+    by_model = select(model, data, *write, "--reference-model", str(other))
+    assert by_file == by_model
+    kept, total = (sum(len([x for x in row["labels"] if x >= 0]) for row in rows)
+                   for rows in (by_file, select(model, data, "--policy", "full", "--write", "tokens")))  # fmt: skip
+    assert kept == total // 2

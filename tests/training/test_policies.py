@@ -21,8 +21,8 @@ from tests.training.test_trainer import assert_same_weights, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# what a policy cannot do without
-GIVEN: dict[str, dict] = {}
+# with their own thresholds these would keep nothing of a model that knows nothing
+OPTIONS = {"stm": {"threshold": 1e4}, "profit": {"threshold": 1e-4}}
 
 
 def reference() -> dict:
@@ -43,7 +43,8 @@ def run(folder, policy, kind=qk.QTuningTrainer, model=None, samples=None, **sett
         str(folder), report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
         **options | settings,
     )  # fmt: skip
-    config = qk.QTuningConfig(policy=policy, record=False, **PRUNING, **FIXED)
+    options = OPTIONS.get(policy, {})
+    config = qk.QTuningConfig(policy=policy, policy_options=options, record=False, **PRUNING, **FIXED)
     needs = make_policy(config).needs
     return kind(
         tiny_model() if model is None else model,
