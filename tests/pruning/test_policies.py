@@ -342,7 +342,10 @@ def test_weights_of_the_loss_prune_nothing(name):
 
 
 @PROPERTY
-@given(st.lists(st.tuples(_VALUE | st.floats(-1e-6, 40) | _BROKEN, _VALUE | st.floats(-1e-6, 12) | _BROKEN)), RATIOS)
+@given(
+    st.lists(st.tuples(_VALUE | st.floats(-1e-6, 40) | _BROKEN, _VALUE | st.floats(0, 12) | st.just(-1e-7) | _BROKEN)),
+    RATIOS,
+)
 def test_weights_of_the_loss(tokens, exponent):
     nll = torch.tensor([t[0] for t in tokens], dtype=torch.float32, requires_grad=True)
     entropy = torch.tensor([t[1] for t in tokens], dtype=torch.float32, requires_grad=True)
@@ -455,3 +458,31 @@ def test_unknown_options_and_policies():
         policy("rho1", share=0.5)
     with pytest.raises(ValueError, match="policy is 'rho2'; accepted: full, random"):
         policy("rho2")
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+
+
+def test_the_documents_table():
+    """Names in the registry's order, needs, weighted and source are those of the classes."""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in DOCUMENT.splitlines() if line.startswith("| `")
+    ]
+    for row, (name, made) in zip(rows, POLICIES.items(), strict=True):
+        assert row[0] == f"`{name}`"
+        assert row[3] == (", ".join(sorted(made.needs, key=lambda need: (need == "reference_nll", need))) or "–")
+        assert row[4] == ("yes" if made.weighted else "no")
+        number = made.source.removeprefix("arXiv ")
+        assert row[5] == (
+            f"[{number}](https://arxiv.org/abs/{number})" if number != made.source else made.source or "–"
+        )
+
+
+def test_the_policy_of_ones_own():
+    """By name as the command line gives it; the document quotes the file."""
+    samples = [[(n, 0.0, 0.0)] * 2 for n in (0.25, 0.5, 2.0, 2.75)] + [[]]
+    by_name = policy("examples.own_policy:Band", most=2.0)
+    assert by_name(pool_of(samples)).keep.tolist() == [False, True, True, False, False]
+    assert (by_name.needs, by_name.weighted) == ({"nll"}, False)
+    source = (Path(__file__).parents[2] / "examples" / "own_policy.py").read_text()
+    assert source[source.index("@dataclass") :] in DOCUMENT
