@@ -203,12 +203,12 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
         return "none" if value is None else f"{value:.4f}"
 
     kept = {QUADRANT_LABELS[int(quadrant)]: n for quadrant, n in summary["kept_by_quadrant"].items() if n}
-    by_quadrant = ", ".join(f"{name} {n}" for name, n in kept.items()) or "none"
+    by_quadrant = ", ".join(f"{name} {n}" for name, n in kept.items())
     table = Table(show_header=False, box=None)
     rows = {
         "samples kept": share(summary["samples_kept"], summary["samples_seen"]),
         "tokens kept": share(summary["tokens_kept"], summary["tokens_seen"]),
-        "kept by quadrant": f"{by_quadrant}; {summary['supplemented']} of them supplemented",
+        **({"kept by quadrant": f"{by_quadrant}; {summary['supplemented']} of them supplemented"} if kept else {}),
         "ineligible": str(summary["ineligible"]),
         "loss first, last": f"{number(summary['loss_first'])}, {number(summary['loss_last'])}; mean of the "
         f"first and last {_LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "

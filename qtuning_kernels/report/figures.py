@@ -44,7 +44,7 @@ THEMES = {
 }
 
 
-def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
+def plane_figures(frames: list[Frame], sample_number: dict, second_axis: str) -> list[go.Figure]:
     """One figure per frame, all with the same traces and axes, so that one replaces the other.
 
     Each point carries its number in the page's list of samples, its step, its kept and all tokens, its role
@@ -52,7 +52,7 @@ def plane_figures(frames: list[Frame], sample_number: dict) -> list[go.Figure]:
     """
     drawn = {group[:2] for frame in frames for group in frame.groups() if len(group[3])}
     dense = any(len(frame.points) > DENSE for frame in frames)
-    layout = _plane_layout(frames)
+    layout = _plane_layout(frames, second_axis)
     figures = []
     for frame in frames:
         traces = [_plane_trace(*group, sample_number, dense) for group in frame.groups() if group[:2] in drawn]
@@ -83,7 +83,7 @@ def _plane_trace(
     )
 
 
-def _plane_layout(frames: list[Frame]) -> dict:
+def _plane_layout(frames: list[Frame], second_axis: str) -> dict:
     ppl = np.concatenate([frame.points.ppl.to_numpy(float) for frame in frames] or [[]])
     entropy = np.concatenate([frame.points.entropy.to_numpy(float) for frame in frames] or [[]])
     x_range, y_range = None, None
@@ -96,7 +96,7 @@ def _plane_layout(frames: list[Frame]) -> dict:
     corners = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1)}
     return {
         "xaxis": {"title": {"text": "perplexity of the sample (log scale)"}, "type": "log", "range": x_range},
-        "yaxis": {"title": {"text": "mean entropy (nats)"}, "range": y_range},
+        "yaxis": {"title": {"text": second_axis}, "range": y_range},
         "annotations": [
             {
                 "text": QUADRANT_LABELS[quadrant],
@@ -110,6 +110,7 @@ def _plane_layout(frames: list[Frame]) -> dict:
                 "font": {"color": COLOURS[quadrant], "size": 18},
             }
             for quadrant, (x, y) in corners.items()
+            if frames and frames[0].quadrants
         ],
         "hovermode": "closest",
         "hoverdistance": 12,
@@ -134,6 +135,16 @@ def _threshold_lines(thresholds: dict[str, float]) -> Iterable[dict]:
         }
 
 
+def kept_figure(curves: pd.DataFrame) -> go.Figure:
+    """The shares of samples and of tokens that are trained on."""
+    figure = go.Figure()
+    for name, colour in (("samples", _LOSS_COLOUR), ("tokens", _MEDIAN_COLOUR)):
+        line = {"width": 2, "color": colour}
+        _add_line(figure, curves, f"{name}_kept", name, "%{y:.1%}", line=line)
+    axis = {"title": {"text": "share that is trained on"}, "tickformat": ".0%", "rangemode": "tozero"}
+    return _over_steps(figure, curves, height=320, yaxis=axis)
+
+
 def shares_figure(curves: pd.DataFrame) -> go.Figure:
     """Stacked shares of the quadrants, and the share of kept samples that were supplemented."""
     figure = go.Figure()
@@ -144,7 +155,7 @@ def shares_figure(curves: pd.DataFrame) -> go.Figure:
     return _over_steps(figure, curves, height=420, yaxis=axis)
 
 
-def means_figure(curves: pd.DataFrame) -> go.Figure:
+def means_figure(curves: pd.DataFrame, second_axis: str) -> go.Figure:
     """Mean and median perplexity and entropy of the pools, the paper's figure 8."""
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for row, name in ((1, "ppl"), (2, "entropy")):
@@ -153,7 +164,7 @@ def means_figure(curves: pd.DataFrame) -> go.Figure:
             line = {"width": 2, "color": colour, "dash": dash}
             _add_line(figure, curves, f"{name}_{kind}", kind, f"{kind} %{{y:.4g}}", line=line, **place)
     figure.update_yaxes(title_text="perplexity (log)", type="log", row=1, col=1)
-    figure.update_yaxes(title_text="entropy (nats)", row=2, col=1)
+    figure.update_yaxes(title_text=second_axis, row=2, col=1)
     figure.update_xaxes(title_text="optimiser step", row=2, col=1)
     return _over_steps(_without_template(figure), curves, height=480, xaxis_title=None)
 

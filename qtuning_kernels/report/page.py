@@ -16,6 +16,8 @@ from qtuning_kernels.run_record.reader import Record, RecordError, read_record, 
 from qtuning_kernels.run_record.schema import PHASES, QUADRANTS, STEP_COLUMNS
 
 _PLANE_SUFFIXES = (".parquet", ".pq")
+_QTUNING_COLUMNS = ("ppl", "entropy", "quadrant", "role", "supplemented", "alpha", *plane.THRESHOLDS)
+_SECOND_AXES = {"qtuning_residual": "entropy that the perplexity leaves (ranks)"}  # others: the entropy itself
 
 
 def write_page(run: Path, output: Path | None) -> Path:
@@ -64,11 +66,14 @@ def _page_context(
     folder: Path,
     charts: dict[str, Any] | None = None,
     files: list[Path] | None = None,
+    policy: str = "qtuning",
 ) -> dict[str, Any]:
     """What every page shows: the plane with the samples of its points, and further charts and their files."""
     frame_list = plane.frames(samples, steps)
     ids = samples.id.drop_duplicates().tolist()
-    charts = {"plane": figures.plane_figures(frame_list, {each: i for i, each in enumerate(ids)})} | (charts or {})
+    numbered, second_axis = {each: i for i, each in enumerate(ids)}, _second_axis(policy)
+    placed = [frame for frame in frame_list if len(frame.points)]
+    charts = {"plane": figures.plane_figures(frame_list if placed else [], numbered, second_axis)} | (charts or {})
     excerpts = texts.excerpts(ids, text_table)
     frame_notes = [
         {
@@ -86,8 +91,10 @@ def _page_context(
         "themes": figures.THEMES,
         "figures": figures.as_json(charts),
     }
-    files = (files or []) + (pictures.plane_picture(frame_list[0], folder) if frame_list else [])
+    files = (files or []) + (pictures.plane_picture(frame_list[0], folder, second_axis) if placed else [])
     return {
+        "policy": policy,
+        "has_quadrants": policy.startswith("qtuning") or plane.has_quadrants(samples),
         "quadrants": QUADRANTS,
         "phases": PHASES,
         "heights": _heights(charts),
@@ -103,23 +110,28 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
     numbers = summary.run_numbers(record, history)
     curves = summary.over_time(record)
     charts = {}
+    policy = str(record.run["configuration"].get("qtuning", {}).get("policy", "qtuning"))
+    quadrants = plane.has_quadrants(record.samples)
     if len(curves):
-        charts["shares"] = figures.shares_figure(curves)
-        charts["means"] = figures.means_figure(curves)
+        charts["kept"] = figures.kept_figure(curves)
+        if quadrants:
+            charts["shares"] = figures.shares_figure(curves)
+        if curves.ppl_mean.notna().any():
+            charts["means"] = figures.means_figure(curves, _second_axis(policy))
         if curves.loss.notna().any():
             charts["loss"] = figures.loss_figure(curves)
         if numbers["seconds_total"].value is not None:
             charts["time"] = figures.time_figure(curves)
-    files = pictures.curve_pictures(curves, folder) if len(curves) else []
+    files = pictures.curve_pictures(curves, folder, quadrants, _second_axis(policy)) if len(curves) else []
     if numbers["share_flops_saved"].value is not None:
         charts["flops"] = figures.flops_figure(numbers)
     token_list, token_rest = texts.token_samples(record)
-    return _page_context(record.samples, record.steps, record.texts, folder, charts, files) | {
+    return _page_context(record.samples, record.steps, record.texts, folder, charts, files, policy) | {
         "title": f"Q-Tuning run {home.resolve().name}",
         "kind": "run",
         "run": record.run,
         "configuration": _rows(record.run["configuration"]),
-        "notices": record.notices + _resumed(record.run) + _missing(record),
+        "notices": record.notices + _resumed(record.run) + _missing(record, policy),
         "numbers": numbers,
         "bins": len(curves),
         "tokens": token_list,
@@ -138,6 +150,10 @@ def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
         "notices": [] if len(samples) else [f"{path.name} holds no sample."],
         "numbers": summary.plane_file_numbers(samples),
     }
+
+
+def _second_axis(policy: str) -> str:
+    return _SECOND_AXES.get(policy, "mean entropy (nats)")
 
 
 def _heights(charts: dict[str, Any]) -> dict[str, int]:
@@ -164,13 +180,15 @@ def _resumed(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _missing(record: Record) -> list[str]:
-    """Which columns a record that has rows lacks altogether."""
+def _missing(record: Record, policy: str) -> list[str]:
+    """Which columns a record that has rows lacks altogether, though the policy gives them."""
+    useless = () if policy.startswith("qtuning") else _QTUNING_COLUMNS
     notices = []
     for name, table in (("sample", record.samples), ("step", record.steps)):
         empty = [column for column in table.columns if len(table) and table[column].isna().all()]
         if table.alpha.notna().any() if "alpha" in table else False:
             empty = [column for column in empty if column not in plane.THRESHOLDS]  # they follow from alpha
+        empty = [column for column in empty if column not in useless]
         if empty:
             notices.append(f"Not recorded per {name}: {', '.join(empty)}.")
     return notices

@@ -39,9 +39,9 @@ def _plain_labels(axis: Axis) -> None:
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
 
 
-def plane_picture(frame: Frame, folder: Path) -> list[Path]:
+def plane_picture(frame: Frame, folder: Path, second_axis: str) -> list[Path]:
     """The plane of one frame. Points are rasterised in the SVG, axes and text are not."""
-    figure, axes = _axes("perplexity", "mean entropy (nats)")
+    figure, axes = _axes("perplexity", second_axis)
     for quadrant, keep, name, points in frame.groups():
         if len(points):
             axes.scatter(
@@ -78,14 +78,18 @@ def _stack(axes: Axes, curves: pd.DataFrame, columns: dict[str, tuple[str, str]]
         bottom = bottom + height
 
 
-def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
+def curve_pictures(curves: pd.DataFrame, folder: Path, quadrants: bool, second_axis: str) -> list[Path]:
     """Shares, mean perplexity and entropy, loss and time over the run."""
     style: dict[str, Any] = {"marker": "o"} if len(curves) < 3 else {}
     paths = []
 
-    figure, axes = _axes("optimiser step", "share of samples")
-    _stack(axes, curves, {f"q{q}": (name, COLOURS[q]) for q, name in QUADRANTS.items()})
-    axes.plot(curves.step, curves.supplemented, "k:", label="supplemented, of the kept", **style)
+    figure, axes = _axes("optimiser step", "share of samples" if quadrants else "share that is trained on")
+    if quadrants:
+        _stack(axes, curves, {f"q{q}": (name, COLOURS[q]) for q, name in QUADRANTS.items()})
+        axes.plot(curves.step, curves.supplemented, "k:", label="supplemented, of the kept", **style)
+    else:
+        axes.plot(curves.step, curves.samples_kept, label="samples", **style)
+        axes.plot(curves.step, curves.tokens_kept, label="tokens", **style)
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
@@ -93,7 +97,7 @@ def curve_pictures(curves: pd.DataFrame, folder: Path) -> list[Path]:
 
     figure = Figure(figsize=_SIZE, layout="constrained")
     for axes, name, label in zip(
-        figure.subplots(2, 1, sharex=True), ("ppl", "entropy"), ("perplexity", "entropy (nats)"), strict=True
+        figure.subplots(2, 1, sharex=True), ("ppl", "entropy"), ("perplexity", second_axis), strict=True
     ):
         axes.plot(curves.step, curves[f"{name}_mean"], color="#0072B2", label="mean", **style)
         axes.plot(curves.step, curves[f"{name}_median"], "--", color="#E69F00", label="median", **style)

@@ -27,6 +27,7 @@ class Frame:
         total: how many samples there were before thinning.
         thresholds: the medians of the steps' thresholds; without those that are unknown.
         steps: how many steps the thresholds are of.
+        quadrants: whether the run's policy has quadrants.
     """
 
     label: str
@@ -34,14 +35,24 @@ class Frame:
     total: int
     thresholds: dict[str, float]
     steps: int
+    quadrants: bool = True
 
     def groups(self) -> Iterator[tuple[int, bool, str, pd.DataFrame]]:
         """(quadrant, kept, name, points), in the order of drawing: kept on top of dropped, the middle first."""
         kept = truth(self.points.keep)
+        if not self.quadrants:
+            yield 0, False, "dropped", self.points[~kept]
+            yield 2, True, "kept", self.points[kept]
+            return
         for keep in (False, True):
             for quadrant in (0, 3, 1, 2, 4):
                 name = f"{QUADRANTS[quadrant]}, {'kept' if keep else 'dropped'}"
                 yield quadrant, keep, name, self.points[(self.points.quadrant == quadrant) & (kept == keep)]
+
+
+def has_quadrants(samples: pd.DataFrame) -> bool:
+    """Whether any sample has a quadrant, as those of a policy with a plane have."""
+    return bool(samples.quadrant.notna().any())
 
 
 def quantile(values: np.ndarray, gamma: float) -> float:
@@ -65,11 +76,11 @@ def step_thresholds(samples: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     return table[list(THRESHOLDS)]
 
 
-def _frame(label: str, rows: pd.DataFrame, thresholds: pd.DataFrame, limit: int) -> Frame:
+def _frame(label: str, rows: pd.DataFrame, thresholds: pd.DataFrame, limit: int, quadrants: bool) -> Frame:
     latest = rows[on_plane(rows)].drop_duplicates("id", keep="last")
     points = latest if len(latest) <= limit else latest.sample(limit, random_state=0).sort_index()
     medians = thresholds.median().dropna().to_dict()
-    return Frame(label, points, len(latest), medians, len(thresholds.dropna(how="all")))
+    return Frame(label, points, len(latest), medians, len(thresholds.dropna(how="all")), quadrants)
 
 
 def frames(samples: pd.DataFrame, steps: pd.DataFrame) -> list[Frame]:
@@ -79,14 +90,15 @@ def frames(samples: pd.DataFrame, steps: pd.DataFrame) -> list[Frame]:
     numbers = np.sort(steps.step.unique())
     thresholds = step_thresholds(samples, steps)
     whole = _label("all steps", numbers) if len(numbers) else "all samples"
-    result = [_frame(whole, samples, thresholds, MAX_POINTS)]
+    quadrants = has_quadrants(samples)
+    result = [_frame(whole, samples, thresholds, MAX_POINTS, quadrants)]
     if len(numbers) < 2:
         return result
     limit = MAX_POINTS if len(samples) <= MAX_POINTS_TOTAL else MAX_POINTS_TOTAL // MAX_FRAMES
     for stretch in np.array_split(numbers, min(MAX_FRAMES, len(numbers))):
         rows = samples[samples.step.between(stretch[0], stretch[-1])]
         label = _label("step" if len(stretch) == 1 else "steps", stretch)
-        result.append(_frame(label, rows, thresholds.loc[stretch[0] : stretch[-1]], limit))
+        result.append(_frame(label, rows, thresholds.loc[stretch[0] : stretch[-1]], limit, quadrants))
     return result
 
 

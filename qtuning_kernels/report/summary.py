@@ -182,6 +182,8 @@ def over_time(record: Record) -> pd.DataFrame:
     for quadrant in QUADRANTS:
         curves[f"q{quadrant}"] = (samples.quadrant == quadrant).groupby(sample_bin).sum() / size
     kept = truth(samples.keep).groupby(sample_bin).sum()
+    curves["samples_kept"] = kept / size
+    curves["tokens_kept"] = samples.kept_tokens.groupby(sample_bin).sum() / samples.num_tokens.groupby(sample_bin).sum()
     supplemented = truth(samples.supplemented).groupby(sample_bin).sum()
     curves["supplemented"] = supplemented / kept.where(kept > 0)
 

@@ -23,7 +23,7 @@ RECORD_VERSION = 1
 PHASES = {
     "data": "loading the pool",
     "score": "scoring forward",
-    "select": "plane, triage, token pruning",
+    "select": "selection",
     "compact": "compacting the kept part",
     "train": "training forward and backward",
     "optimizer": "optimiser",

@@ -204,7 +204,7 @@ class QTuningMixin(Host):
     def _begin(self) -> StepPlanner:
         """Before the first step: the planner, what a resumed run brings along, and the record."""
         pool = getattr(self, "_train_batch_size", 2)  # `auto_find_batch_size` may have made it smaller
-        if pool < 2 and self.policy.of_pool and self.qtuning.sample_ratio < 1 and self.args.world_size == 1:
+        if pool < 2 and getattr(self.policy, "sample_ratio", 1) < 1 and self.args.world_size == 1:
             raise ValueError(f"the batch size found is {pool}, the selection pool; accepted: 2 or more")
         self.causal_lm = CausalLM(self.model)  # `model_init` may have made another since
         if self.sharded:
@@ -272,18 +272,18 @@ class QTuningMixin(Host):
 
     def _logged(self) -> dict[str, float]:
         """The window since the last log, under ``qtuning/``."""
-        window, count = self._window, max(1, sum(self._window.quadrant.values()))
+        window, placed = self._window, sum(self._window.quadrant.values())
         seconds = sum(window.seconds.values())
         logs = {
             "kept_samples": window.samples_kept / window.steps,
             "kept_tokens": window.tokens_kept / window.steps,
             "tokens_per_second": window.tokens_seen / seconds if seconds else math.nan,
-            "supplemented": window.supplemented / window.steps,
-            "ineligible": window.ineligible / window.steps,
             "flops_share": window.flops_spent / window.flops_full if window.flops_full else math.nan,
-            **{f"q{q}": window.quadrant[q] / count for q in "01234"},
             **{f"seconds_{phase}": value / window.steps for phase, value in window.seconds.items()},
         }
+        if placed:  # by a policy that has quadrants
+            logs |= {name: getattr(window, name) / window.steps for name in ("supplemented", "ineligible")}
+            logs |= {f"q{q}": number / placed for q, number in window.quadrant.items()}
         if self.qtuning.rescore_every > 1:
             logs["score_age_epochs"] = self._score_age
         return {f"qtuning/{name}": round(value, 6) for name, value in logs.items()}

@@ -11,7 +11,7 @@ def refuse_unsupported(trainer: Any) -> None:
     pool = trainer.args.per_device_train_batch_size
     if trainer.qtuning.selection_scope == "global":
         pool *= trainer.args.world_size
-    if pool < 2 and trainer.policy.of_pool and trainer.qtuning.sample_ratio < 1:
+    if pool < 2 and getattr(trainer.policy, "sample_ratio", 1) < 1:
         raise ValueError(
             f"per_device_train_batch_size is {trainer.args.per_device_train_batch_size}, the selection pool, and of a "
             "pool of one nothing can be pruned; accepted: 2 or more (the paper uses 8)"

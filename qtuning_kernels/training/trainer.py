@@ -136,7 +136,7 @@ class QTuningTrainer(QTuningMixin, Trainer):
             options = {"bias": bias, **self.causal_lm.scaling()}
             if loss_weight is not None:
                 stats = linear_token_stats(hidden, matrix, batch.labels, **options)
-                weight = loss_weight(stats.nll.detach(), stats.entropy.detach(), matrix.shape[0])
+                weight = loss_weight(stats.nll.detach(), stats.entropy.detach())
                 return (weight * stats.nll).sum() * factor / count
             if hidden.device.type != "cpu":  # weights would be read on the host
                 loss = linear_cross_entropy(hidden, matrix, batch.labels, token_weight=batch.weights, **options)

@@ -357,7 +357,7 @@ def test_weights_of_the_loss(tokens, exponent):
         expected["eaft"].append(min(max(h, 0.0) / 3, 1.0) ** exponent if both else 0.0)
     for name, weights in expected.items():
         made = policy(name) if name == "dft" else policy(name, exponent=exponent)
-        got = made.loss_weight(nll, entropy, 50257)
+        got = made.loss_weight(nll, entropy)
         assert not got.requires_grad
         assert got.tolist() == pytest.approx(weights, rel=1e-5)
 
@@ -384,7 +384,7 @@ def test_weighted_losses_have_the_gradients_of_the_authors(key, name, options):
     z, labels = authors_logits(), torch.tensor(AUTHORS["labels"])
     log_p = z.log_softmax(-1)
     nll, entropy = -log_p[torch.arange(6), labels], -(log_p.exp() * log_p).sum(-1)
-    loss = (policy(name, **options).loss_weight(nll, entropy, 20) * nll).sum() / 6
+    loss = (policy(name, **options).loss_weight(nll, entropy) * nll).sum() / 6
     loss.backward()
     got = z.grad[torch.arange(6), labels].tolist()
     assert got == pytest.approx(AUTHORS[key]["gradient_at_label"], rel=1e-5, abs=1e-30)

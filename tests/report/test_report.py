@@ -259,6 +259,29 @@ def test_run_without_scores(tmp_path):
     assert "Not recorded per sample: ppl, entropy, quadrant, role, supplemented" in page.text
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_policy_without_quadrants(tmp_path, scored):
+    """What it keeps is drawn on the plane if it scores, and over the run; of quadrants there is nothing."""
+    with RunRecord(tmp_path / "record") as record:
+        record.write_run(configuration={"qtuning": {"policy": "entropy"}})
+        for step in range(1, 4):
+            rows = [
+                {"id": 4 * step + i, "num_tokens": 10, "keep": i == 1, "kept_tokens": 5 * (i == 1)}
+                | ({"ppl": 2.0 + i, "entropy": 1.0 + i} if scored else {})
+                for i in range(4)
+            ]
+            record.write_step({"step": step, "loss": 1.0}, rows)
+    page = Page(build_report(tmp_path))
+    assert "entropy, which has no quadrants" in " ".join(page.text.split()).replace(" ,", ",")
+    for absent in ("Q1", "harmful noise", "supplemented", "Not recorded per sample", "alpha"):
+        assert absent not in page.text
+    kept = page.data["figures"]["kept"]["data"]
+    assert [trace["name"] for trace in kept] == ["samples", "tokens"]
+    assert ("plane" in page.data["figures"]) == scored or not page.data["figures"]["plane"]
+    if scored:
+        assert [trace["name"] for trace in page.data["figures"]["plane"][0]["data"]] == ["dropped", "kept"]
+
+
 def test_non_finite_samples_are_counted_not_drawn(tmp_path):
     with RunRecord(tmp_path / "record") as record:
         rows_written = [

@@ -14,7 +14,7 @@ from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models.scoring import Scorer, score_samples
 from qtuning_kernels.pruning.policies import POLICIES, Decision, Policy, PoolStats, make_policy
 from qtuning_kernels.training.score_cache import ScoreCache
-from tests.tiny import PRUNING, VOCABULARY, tiny_model, tiny_samples
+from tests.tiny import PRUNING, tiny_model, tiny_samples
 from tests.training.steps import assert_same_gradients, gradients
 from tests.training.test_hosts import FIXED, HostTrainer, make_plain, make_sft
 from tests.training.test_trainer import assert_same_weights, weights
@@ -128,7 +128,7 @@ def test_the_loss_is_weighed_by_its_own_forward(tmp_path, monkeypatch, policy):
     samples = [to_sample(**row) for row in tiny_samples(16)]
     _, actual, _ = gradients(ours, [PoolCollator()(tiny_samples(16)[start : start + 8]) for start in (0, 8)])
     expected = plain_weighted_gradient(
-        ours.model, samples, lambda index, nll, entropy: ours.policy.loss_weight(nll, entropy, VOCABULARY)
+        ours.model, samples, lambda index, nll, entropy: ours.policy.loss_weight(nll, entropy)
     )
     assert_same_gradients(actual, expected)
 
@@ -283,3 +283,21 @@ def test_a_bad_reference_is_refused(tmp_path, given, message):
         gradients(
             qk.QTuningTrainer(tiny_model(), arguments, qtuning=config, **given), [PoolCollator()(tiny_samples(8))]
         )
+
+
+@pytest.mark.parametrize("host", ["ours", "TRL"])
+def test_a_policy_of_ones_own(tmp_path, host):
+    """examples/own_policy.py by name: it keeps some samples of every pool, and the run trains on them."""
+    config = qk.QTuningConfig(
+        policy="examples.own_policy:Band", policy_options={"least": 4.5, "most": 4.7}, record=False, **FIXED
+    )
+    if host == "TRL":
+        pytest.importorskip("trl")
+        ours = make_sft(tmp_path, "prompt and completion", tiny_model(), config)
+    else:
+        ours = make_plain(tmp_path, tiny_model(), config)
+    before = {name: p.clone() for name, p in ours.model.named_parameters()}
+    ours.train()
+    totals = ours.qtuning_summary()
+    assert 0 < totals["samples_kept"] < totals["samples_seen"] == 40
+    assert not any(torch.equal(p, before[name]) for name, p in ours.model.named_parameters())

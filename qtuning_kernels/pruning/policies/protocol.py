@@ -99,12 +99,11 @@ class Policy:
         """The decision about one pool; the same for the same pool, whichever process asks."""
         raise NotImplementedError
 
-    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor:
+    def loss_weight(self, nll: Tensor, entropy: Tensor) -> Tensor:
         """Where a policy has it: weights ``[n]`` of the training forward's own tokens, instead of the decision's.
 
         Args:
             nll, entropy: ``[n]``, nats, detached.
-            vocabulary: V.
         """
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ class BeyondLL(Full):
     source: ClassVar = "arXiv 2510.00526"
     weighted: ClassVar = True
 
-    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor:
+    def loss_weight(self, nll: Tensor, entropy: Tensor) -> Tensor:
         return (-self.exponent * nll.detach()).exp().masked_fill(~nll.isfinite(), 0.0)
 
 
@@ -29,8 +29,8 @@ class DFT(Full):
     source: ClassVar = "arXiv 2508.05629"
     weighted: ClassVar = True
 
-    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor:
-        return BeyondLL(1.0).loss_weight(nll, entropy, vocabulary)
+    def loss_weight(self, nll: Tensor, entropy: Tensor) -> Tensor:
+        return BeyondLL(1.0).loss_weight(nll, entropy)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EAFT(Full):
     source: ClassVar = "arXiv 2601.02151"
     weighted: ClassVar = True
 
-    def loss_weight(self, nll: Tensor, entropy: Tensor, vocabulary: int) -> Tensor:
+    def loss_weight(self, nll: Tensor, entropy: Tensor) -> Tensor:
         # rounding may leave an entropy of 0 a little below it, where a power is NaN
         gate = (entropy.detach() / 3.0).clamp(0.0, 1.0) ** self.exponent
         return gate.masked_fill(~(entropy.isfinite() & nll.isfinite()), 0.0)
