@@ -176,7 +176,10 @@ def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> f
     here = [row for row in stored if row["machine"] == machine]
     for row in here or stored:
         other = setting_of(row)
-        if replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition) == setting:
+        if (
+            replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)
+            == setting
+        ):
             like.append(float(row["run_minutes"]))
         elif other.data == setting.data and other.steps:
             per_step.append(float(row["run_minutes"]) / other.steps / other.pool)
