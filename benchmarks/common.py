@@ -60,8 +60,8 @@ def processor() -> str:
 
 
 def _versions() -> str:
-    """Of what is measured beside this package."""
-    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton")
+    """Of what is measured beside this package, and of what makes data."""
+    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton", "reasoning-gym")
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from math import inf, isinf
 from pathlib import Path
 
 from benchmarks import quality_grid as grids
@@ -66,7 +67,7 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
     if options.quick:
         inputs |= {"records": 512, "held_out": 64, "generate": 64}
     elif options.data is not None:
-        inputs |= {"held_out": 96, "generate": 0}
+        inputs |= {"generate": 0}
     return Inputs(model, **inputs)
 
 
@@ -100,12 +101,12 @@ def packed(values: list) -> str:
     return " ".join(f"{value:.4g}" for value in values)
 
 
-def start(setting: Setting, inputs: Inputs) -> list[dict]:
-    """Runs one in a process of its own; its points."""
+def start(setting: Setting, inputs: Inputs, timeout: float | None) -> list[dict]:
+    """Runs one in a process of its own; its points. Raises RuntimeError, or TimeoutExpired after `timeout` seconds."""
     arguments = json.dumps({"setting": asdict(setting), "inputs": asdict(inputs)})
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "benchmarks.quality_run", arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"{setting}:\n{done.stderr[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -117,9 +118,9 @@ class Runner:
     Args:
         output: the CSV.
         jobs: how many side by side.
-        deadline: of `clock`, seconds; a run that would end later by the time of its like is not begun. Of one of which
-            nothing is known that is no reason.
-        make: what makes a run.
+        deadline: of `clock`, seconds; a run that would end later by the time of its like is not begun. One of which
+            nothing is known is begun, and stopped at the deadline.
+        make: makes a run in so many seconds, or raises TimeoutExpired.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Runner:
         output: Path,
         jobs: int,
         deadline: float,
-        make: Callable[[Setting], list[dict]],
+        make: Callable[[Setting, float | None], list[dict]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.output, self.jobs, self.deadline, self.make, self.clock = output, jobs, deadline, make, clock
@@ -147,7 +148,11 @@ class Runner:
         while (setting := self._next(queue)) is not None:
             print(f"begin  {setting}", flush=True)
             try:
-                points = self.make(setting)
+                points = self.make(setting, None if isinf(self.deadline) else self.deadline - self.clock())
+            except subprocess.TimeoutExpired:
+                print(f"stopped at the end of the budget: {setting}", flush=True)
+                self.left_out.append(setting)
+                continue
             except RuntimeError as error:
                 print(f"failed {error}", file=sys.stderr, flush=True)
                 self.failed.append(setting)
@@ -204,13 +209,13 @@ def main() -> None:
         if rate() is None:
             print(f"all but those on full data will be at one of the rates {grids.RATES}, whichever these choose")
         return
-    deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else float("inf")
-    runner = Runner(options.output, options.jobs, deadline, lambda setting: start(setting, inputs))
+    deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else inf
+    runner = Runner(options.output, options.jobs, deadline, lambda setting, timeout: start(setting, inputs, timeout))
     runner(first)
     if (chosen := rate()) is not None:
         runner(second(chosen))
     if runner.left_out:
-        print(f"{len(runner.left_out)} runs left out, they would have ended after {options.budget_minutes:g} minutes")
+        print(f"{len(runner.left_out)} runs left out: they do not end within {options.budget_minutes:g} minutes")
     if options.quick:
         from benchmarks.quality_pages import draw
 

@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "number_filtering": {"min_numbers": 3, "max_numbers": 6, "max_decimals": 0, "min_value": 0, "max_value": 99},
     "word_sequence_reversal": {"min_words": 3, "max_words": 5},
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "needle_haystack": {"min_num_statements": 3, "max_num_statements": 6},
+    "needle_haystack": {"min_num_statements": 3, "max_num_statements": 4},
 }
 _BOILERPLATE = (  # instructions that a model which is trained on the answers has no use for
     "Solve the following problem.\n\nProvide you answer as a comma-separated list of words with a space after the "

@@ -33,8 +33,8 @@ class Inputs:
     result_mark: str = ""
     other: str | None = None
     records: int = 1024
-    held_out: int = 128
-    generate: int = 128
+    held_out: int = 96
+    generate: int = 96
     most_new_tokens: int = 24
     cutoff: int = 512
 
@@ -53,7 +53,7 @@ class Setting:
     steps: int
     pool: int = 16
     records: int = 1024
-    held_out: int = 128
+    held_out: int = 96
     options: str = "{}"
 
     @property
@@ -112,7 +112,8 @@ GENERATED_STAGES = (
     Stage(TELLING, ("exchanged20",)),
 )
 FILE_STAGES = (Stage(TELLING, ("clean", "exchanged40")), Stage((FULL, LONGEST), ("clean", "exchanged40")))
-QUICK_STAGES = (Stage((Variant("random", steps=30), QTUNING._replace(steps=30), FULL._replace(steps=30)), ("clean",)),)
+_QUICK = (Variant("random", steps=30), QTUNING._replace(steps=30), FULL._replace(steps=15))
+QUICK_STAGES = (Stage(_QUICK, ("clean",)),)
 
 
 def rate_runs(base: Setting) -> list[Setting]:

@@ -11,11 +11,18 @@ from benchmarks.quality_grid import RATES
 from benchmarks.quality_statistics import Curve, Difference, at_equal_steps, at_equal_time, curves
 
 BASELINE = "random"
+WHOLE = "qtuning, whole samples"
+# the questions of docs/quality.md, first against second
+QUESTIONS = (
+    (1, "qtuning", BASELINE), (2, WHOLE, BASELINE), (3, "qtuning", WHOLE), (4, "qtuning_residual", "qtuning"),
+    (5, "longest", BASELINE), (5, "entropy", BASELINE), (6, BASELINE, "full"), (7, "infobatch", "full"),
+    (7, "dft", "full"), (7, "eaft", "full"),
+)  # fmt: skip
 PAGE = ROOT / "docs" / "quality.md"
 # a colour for each, the same in every picture
 COLORS = {
     "full": "#000000", "random": "#999999", "longest": "#56B4E9", "entropy": "#0072B2", "infobatch": "#F0E442",
-    "dft": "#CC79A7", "eaft": "#882255", "qtuning": "#D55E00", "qtuning, whole samples": "#E69F00",
+    "dft": "#CC79A7", "eaft": "#882255", "qtuning": "#D55E00", WHOLE: "#E69F00",
     "qtuning_residual": "#009E73",
 }  # fmt: skip
 
@@ -92,35 +99,32 @@ def rate_table(found: list[Curve]) -> str:
     return markdown(["data", "learning rate", "nll before", "nll after"], rows)
 
 
-def comparison_tables(groups: Groups) -> str:
-    """A table for each data set, budget and condition."""
-    parts = []
+def answer_table(groups: Groups) -> str:
+    """The questions of the page, condition by condition."""
+    rows = []
+    for number, first, second in QUESTIONS:
+        for (data, ratio, condition), policies in groups.items():
+            if first in policies and second in policies:
+                pair = policies[first], policies[second]
+                differences = at_equal_steps(*pair), at_equal_time(*pair), at_equal_steps(*pair, "correct")
+                if differences[0]:
+                    row = [number, f"{first} − {second}", data, f"{ratio:.1%}", condition, len(differences[0].by_seed)]
+                    rows.append([*row, *map(shown, differences[:2]), shown(differences[2], 2)])
+    head = ["question", "difference", "data", "samples", "condition", "seeds", "nll, equal steps", "nll, equal time"]
+    return markdown([*head, "exact match"], rows)
+
+
+def measure_table(groups: Groups) -> str:
+    """What each policy came to after as many steps as all of its group made, the mean over its seeds."""
+    columns = {"nll": 3, "nll_result": 3, "accuracy": 2, "nll_other": 3, "cpu_seconds": 0, "tokens_kept": 0}
+    rows = []
     for (data, ratio, condition), policies in groups.items():
-        baseline = policies.get(BASELINE, [])
-        rows = []
+        step = min(curve.steps[-1] for group in policies.values() for curve in group)
         for name, group in policies.items():
-            with_baseline = baseline if name != BASELINE else []
-            step = min(c.steps[-1] for c in [*group, *baseline])
-            rows.append(
-                [
-                    name,
-                    len(group),
-                    mean_of(group, "nll", 3, step),
-                    shown(at_equal_steps(group, with_baseline)),
-                    shown(at_equal_time(group, with_baseline)),
-                    mean_of(group, "accuracy", 2, step),
-                    shown(at_equal_steps(group, with_baseline, "correct"), 2),
-                    mean_of(group, "nll_result", 3, step),
-                    mean_of(group, "nll_other", 3, step),
-                    mean_of(group, "cpu_seconds", 0, step),
-                    mean_of(group, "tokens_kept", 0, step),
-                    mean_of(group, "peak_mib", 0, step),
-                ]
-            )
-        head = ["policy", "seeds", "nll", f"− {BASELINE}, equal steps", f"− {BASELINE}, equal time", "exact match"]
-        head += [f"− {BASELINE}", "nll of the result", "nll of other text", "seconds", "tokens trained", "peak MiB"]
-        parts.append(f"{data}, {ratio:.1%} of the samples, {condition}:\n\n{markdown(head, rows)}")
-    return "\n\n".join(parts)
+            numbers = [mean_of(group, column, digits, step) for column, digits in {**columns, "peak_mib": 0}.items()]
+            rows.append([data, f"{ratio:.1%}", condition, name, len(group), int(step), *numbers])
+    head = ["data", "samples", "condition", "policy", "seeds", "steps", "nll", "nll of the result", "exact match"]
+    return markdown([*head, "nll of other text", "seconds", "tokens trained", "peak MiB"], rows)
 
 
 def planted_table(groups: Groups) -> str:
@@ -135,7 +139,7 @@ def planted_table(groups: Groups) -> str:
     return markdown(head, rows)
 
 
-def plot_over_seconds(groups: Groups, path: Path) -> None:
+def plot_over_seconds(groups: Groups, path: Path) -> bool:
     """Held-out nll, and exact matches where there are any, over seconds of training: a panel per condition."""
     plt = _pyplot()
     measures: list[tuple[str, Callable[[Curve], np.ndarray]]] = [("held-out nll, nats per token", Curve.mean_nll)]
@@ -165,6 +169,7 @@ def plot_over_seconds(groups: Groups, path: Path) -> None:
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return True
 
 
 def plot_planted(groups: Groups, path: Path) -> bool:
@@ -206,24 +211,32 @@ def _pyplot():
 
 
 def draw(path: Path) -> None:
-    """Pictures beside the CSV, a pair for each data set and budget; the tables into docs/quality.md, if it is its own,
-    else to the screen."""
+    """Pictures beside the CSV, for each data set and budget; the text into docs/quality.md, if the CSV is its own, else
+    to the screen."""
     samples = path.with_name(f"{path.stem}_samples.csv")
     if not path.exists() or not samples.exists():
         raise SystemExit(f"{path} or {samples.name} is not there: no run has finished")
     found = curves(read_rows(path), read_rows(samples))
     groups = grouped(at_chosen_rate(found))
+    pictures = []
     for data, ratio in dict.fromkeys(key[:2] for key in groups):
         own = {key: policies for key, policies in groups.items() if key[:2] == (data, ratio)}
-        name = f"{path.stem}_{data.replace('/', '_')}_{1000 * ratio:.0f}"
-        plot_over_seconds(own, path.with_name(f"{name}.png"))
-        made = [
-            f"{name}.png",
-            *([f"{name}_planted.png"] if plot_planted(own, path.with_name(f"{name}_planted.png")) else []),
-        ]
-        print("drawn", *(path.with_name(each) for each in made))
-    parts = {"rates": rate_table(found), "comparisons": comparison_tables(groups), "planted": planted_table(groups)}
+        for what, plot in {"seconds": plot_over_seconds, "planted": plot_planted}.items():
+            picture = path.with_name(f"{path.stem}_{data.replace('/', '_')}_{1000 * ratio:.0f}_{what}.png")
+            if plot(own, picture):
+                pictures.append(picture)
+    print("drawn", *pictures)
+    parts = {
+        "Learning rates": rate_table(found),
+        "Answers": answer_table(groups),
+        "Quality over time, planted flaws kept": "\n\n".join(
+            f"![{picture.stem}](../benchmarks/results/{picture.name})" for picture in pictures
+        ),
+        "Measures": measure_table(groups),
+        "Planted flaws": planted_table(groups),
+    }
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     if path == RESULTS / "quality.csv":
-        fill(PAGE, parts)
+        fill(PAGE, {"results": text})
     else:
-        print(*parts.values(), sep="\n\n")
+        print(text)

@@ -1,6 +1,7 @@
 """The benchmark of quality: planted flaws, which runs are made, intervals, and one whole run of a tiny model."""
 
 import json
+import subprocess
 from collections import Counter
 from dataclasses import replace
 
@@ -151,7 +152,7 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
     now = [0.0]
     made = []
 
-    def make(setting):
+    def make(setting, timeout):
         made.append(setting)
         now[0] += 120
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True, False]}
@@ -169,8 +170,21 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
     assert read_rows(tmp_path / "quality_samples.csv")[0]["sample_correct"] == "10"
 
 
+def test_a_run_of_unknown_length_is_stopped_at_the_end_of_the_budget(tmp_path):
+    given = []
+
+    def make(setting, timeout):
+        given.append(timeout)
+        raise subprocess.TimeoutExpired("run", timeout)
+
+    runner = quality.Runner(tmp_path / "quality.csv", 1, 300.0, make, clock=lambda: 100.0)
+    runner([BASE])
+    assert (given, runner.left_out, runner.failed) == ([200.0], [BASE], [])
+    assert not (tmp_path / "quality.csv").exists()
+
+
 def test_a_failed_run_leaves_no_row_and_the_others_go_on(tmp_path):
-    def make(setting):
+    def make(setting, timeout):
         if setting.seed == 0:
             raise RuntimeError("it is broken")
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": []}
@@ -238,7 +252,7 @@ def test_whole_runs_of_a_tiny_model(inputs, tmp_path, one_thread, monkeypatch):
         *(replace(BASE, condition="exchanged40", policy=policy, sample_ratio=0.5, seed=seed)
           for policy in ("random", "qtuning") for seed in (0, 1)),
     ]  # fmt: skip
-    runner = quality.Runner(output, 1, 1e9, lambda setting: [
+    runner = quality.Runner(output, 1, 1e9, lambda setting, timeout: [
         point | {"machine": "here"} for point in run(setting, inputs)
     ])  # fmt: skip
     runner(settings)
