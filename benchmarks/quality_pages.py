@@ -64,6 +64,11 @@ def share_kept(rows: Iterable[dict[str, str]], kind: str) -> tuple[float, float]
     return kept / max(1, all_kept), seen / max(1, all_seen)
 
 
+def selects(group: list[Curve]) -> bool:
+    """Whether any sample was left out."""
+    return any(row[f"kept_{kind}"] != row[f"seen_{kind}"] for curve in group for row in curve.rows for kind in KINDS)
+
+
 Groups = dict[tuple[str, float, str], dict[str, list[Curve]]]
 
 
@@ -133,7 +138,7 @@ def planted_table(groups: Groups) -> str:
         for kind in KINDS[1:]:
             for name, group in policies.items():
                 kept, base = share_kept([curve.rows[-1] for curve in group], kind)
-                if base and name != "full":
+                if base and selects(group):
                     rows.append([data, f"{ratio:.1%}", condition, kind, name, f"{kept:.1%}", f"{base:.1%}"])
     head = ["data", "samples", "condition", "flaw", "policy", "share of the kept", "share of all"]
     return markdown(head, rows)
@@ -145,11 +150,10 @@ def plot_over_seconds(groups: Groups, path: Path) -> bool:
     measures: list[tuple[str, Callable[[Curve], np.ndarray]]] = [("held-out nll, nats per token", Curve.mean_nll)]
     if any(c.correct.size for policies in groups.values() for own in policies.values() for c in own):
         measures.append(("exact match", lambda curve: curve.correct.mean(1)))
-    shape = {"nrows": len(measures), "ncols": len(groups), "figsize": (3.4 * len(groups) + 1.5, 2.9 * len(measures))}
-    figure, axes = plt.subplots(**shape, squeeze=False, sharey="row", layout="constrained")
-    for column, (key, policies) in enumerate(groups.items()):
-        for row, (title, measure) in enumerate(measures):
-            axis = axes[row][column]
+    shape = {"nrows": len(groups), "ncols": len(measures), "figsize": (4.6 * len(measures), 2.5 * len(groups) + 0.7)}
+    figure, axes = plt.subplots(**shape, squeeze=False, sharey="col", layout="constrained")
+    for (key, policies), panels in zip(groups.items(), axes, strict=True):
+        for axis, (title, measure) in zip(panels, measures, strict=True):
             for name, group in policies.items():
                 least = min(len(curve.steps) for curve in group)
                 seconds = np.mean([curve.cpu_seconds[:least] for curve in group], 0)
@@ -160,43 +164,43 @@ def plot_over_seconds(groups: Groups, path: Path) -> bool:
                     seconds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0
                 )
             axis.spines[["top", "right"]].set_visible(False)
-            if row == 0:
-                axis.set_title(f"{key[0]}, {key[1]:.1%}, {key[2]}", fontsize=9)
-            if column == 0:
-                axis.set_ylabel(title)
-        axes[-1][column].set_xlabel("seconds of training, one thread")
-    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+            axis.set_title(f"{key[0]}, {key[1]:.1%} of the samples, {key[2]}", fontsize=9)
+            axis.set_ylabel(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds of training, one thread")
+    lines = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
 
 
 def plot_planted(groups: Groups, path: Path) -> bool:
     """The share of planted flaws among the kept samples, over that among all; 1 is what chance keeps."""
-    panels = [
-        (key, kind, policies)
-        for key, policies in groups.items()
-        for kind in KINDS[1:]
-        if CONDITIONS[key[2]].get(kind)
-    ]  # fmt: skip
-    if not panels:
+    panels = [(key, kind) for key in groups for kind in KINDS[1:] if CONDITIONS[key[2]].get(kind)]
+    names = list(dict.fromkeys(name for key, _ in panels for name, group in groups[key].items() if selects(group)))
+    if not names:
         return False
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels) + 1, 3), squeeze=False, layout="constrained")
-    for axis, (key, kind, policies) in zip(axes[0], panels, strict=True):
-        for place, (name, group) in enumerate(policies.items()):
-            shares = [share_kept([curve.rows[-1]], kind) for curve in group]
-            ratios = [kept / base for kept, base in shares]
-            axis.barh(place, np.mean(ratios), color=COLORS.get(name, "#BBBBBB"))
-            axis.plot(ratios, [place] * len(ratios), "k.", markersize=4)
-        axis.set_yticks(range(len(policies)), policies)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (2.6 * columns + 1.8, (0.25 * len(names) + 0.9) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (key, kind) in zip(axes.flat, panels, strict=False):
+        for place, name in enumerate(names):
+            shares = [share_kept([curve.rows[-1]], kind) for curve in groups[key].get(name, [])]
+            ratios = [kept / base for kept, base in shares if base]
+            if ratios:
+                axis.barh(place, np.mean(ratios), color=COLORS.get(name, "#BBBBBB"))
+                axis.plot(ratios, [place] * len(ratios), "k.", markersize=4)
+        axis.set_yticks(range(len(names)), names)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{key[0]}, {key[1]:.1%}, {key[2]}", fontsize=9)
-        axis.set_xlabel(f"{kind}, kept over chance")
+        axis.set_title(f"{key[2]}: {kind}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.label_outer()
-    figure.savefig(path, dpi=130)
+    figure.supxlabel("share of the kept samples over share of all; dots are seeds", fontsize=9)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
 
