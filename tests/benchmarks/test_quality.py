@@ -14,8 +14,9 @@ from benchmarks.common import read_rows
 from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, generated_split, plant, tokenized
 from benchmarks.quality_grid import Inputs, Setting
 from benchmarks.quality_measures import result_tokens
-from benchmarks.quality_run import counts_until, run
+from benchmarks.quality_run import counts_until, qtuning_config, run
 from benchmarks.quality_statistics import curves, paired_difference
+from qtuning_kernels.pruning.policies import make_policy
 from tests.tiny_tokenizer import byte_tokenizer
 
 BASE = Setting("file/data", "clean", "full", 1.0, 1.0, 0, 1e-3, 4, pool=4, records=24, held_out=6)
@@ -292,3 +293,13 @@ def test_the_answer_ends_with_the_end_of_turn(inputs):
     assert tokenizer.decode(sample["input_ids"]) == (
         "<|im_start|>user\nq 0?<|im_end|>\n<|im_start|>assistant\n0<|im_end|>"
     )
+
+
+@pytest.mark.parametrize("stages", [quality_grid.GENERATED_STAGES, quality_grid.FILE_STAGES, quality_grid.QUICK_STAGES])
+def test_every_run_of_the_plan_has_a_policy_that_takes_its_settings(stages):
+    settings = quality_grid.grid(replace(BASE, steps=60), stages)
+    assert len(settings) == len({setting.run for setting in settings})
+    for setting in settings:
+        policy = make_policy(qtuning_config(setting))
+        assert getattr(policy, "sample_ratio", setting.sample_ratio) == setting.sample_ratio
+        assert not policy.needs & {"reference_nll"}
