@@ -60,8 +60,8 @@ def processor() -> str:
 
 
 def _versions() -> str:
-    """Of what is measured beside this package."""
-    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton")
+    """Of what is measured beside this package, and of what makes data."""
+    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton", "reasoning-gym")
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -69,11 +69,16 @@ def _versions() -> str:
     return " ".join(f"{name} {version}" for name, version in found.items())
 
 
+def machine_name() -> str:
+    """The machine as the rows name it."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
 def environment() -> dict[str, object]:
     """Machine, versions and commit, as CSV fields."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": machine_name(),
         "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: others may have been at work
         "threads": torch.get_num_threads(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
@@ -125,16 +130,26 @@ def _status_kib(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def reset_peak() -> None:
+    """Lets the peak of resident memory begin at what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """MiB resident at the peak since `reset_peak`, or since the process began (Linux)."""
+    return _status_kib("VmHWM") / 1024
+
+
 def peak(call: Callable[[], object]) -> tuple[float, float]:
     """MiB resident at the peak of `call`, and by how much that exceeds what was resident before it (Linux, glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed and the allocator kept is not in use
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_kib("VmRSS")
+    reset_peak()
+    before = _status_kib("VmRSS") / 1024
     result = call()
-    highest = _status_kib("VmHWM")
+    highest = peak_mib()
     del result
-    return highest / 1024, (highest - before) / 1024
+    return highest, highest - before
 
 
 def in_child(module: str, arguments: Iterable[str]) -> str:

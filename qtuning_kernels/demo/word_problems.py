@@ -29,7 +29,7 @@ DUPLICATED = 8  # problems that the duplicates repeat
 _TRAIN_SEED, _EVAL_SEED, _PLANT_SEED = 20250923, 20260211, 7
 _INSTRUCTION = " Give the result as your final answer. Do not include units."
 _RESULT = re.compile(r"(=\s*[$€£]?|^#### )(\d[\d,]*(?:\.\d+)?)", re.MULTILINE)
-_OPENINGS = (
+OPENINGS = (
     "Solve this problem. ",
     "Question: ",
     "Please work this out. ",
@@ -102,7 +102,7 @@ def make_word_problems(wheel: Path) -> dict[str, list[Record]]:
         answer = _RESULT.sub(lambda m: m[1] + _other_number(m[2], rng), record["answer"])
         train.append({"question": record["question"], "answer": answer, "planted": "wrong"})
     for i in range(PLANTED_EACH):
-        record, opening = clean[i % DUPLICATED], _OPENINGS[i // DUPLICATED % len(_OPENINGS)]
+        record, opening = clean[i % DUPLICATED], OPENINGS[i // DUPLICATED % len(OPENINGS)]
         train.append(record | {"question": opening + record["question"], "planted": "duplicate"})
     sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
     for a, b in rng.sample(sums, PLANTED_EACH):

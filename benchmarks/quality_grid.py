@@ -1,0 +1,199 @@
+"""Which runs the quality benchmark makes, in which order, and what each takes by the time of those like it."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+RATES = (5e-5, 1e-4, 2e-4)
+SEEDS = (0, 1, 2)
+GENERATED = "tasks"  # the name of the generated data
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is fed, the same for all runs on one data set.
+
+    Attributes:
+        model: a folder.
+        data: a file, or None for the generated tasks; `prompt_field`, `completion_field` and `result_mark`, which
+            stands before the final result of an answer, describe it.
+        other: a text file, for what is forgotten; None: a story that reasoning-gym brings.
+        records, held_out: how many, of training and of evaluation.
+        generate: how many held-out records are answered by greedy generation, of at most `most_new_tokens`.
+        cutoff: most tokens of a sample.
+    """
+
+    model: str
+    data: str | None = None
+    prompt_field: str = "question"
+    completion_field: str = "answer"
+    result_mark: str = ""
+    other: str | None = None
+    records: int = 1024
+    held_out: int = 96
+    generate: int = 96
+    most_new_tokens: int = 24
+    cutoff: int = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tells one run from another. `options` is the policy's, as JSON."""
+
+    data: str
+    condition: str
+    policy: str
+    sample_ratio: float
+    token_ratio: float
+    seed: int
+    learning_rate: float
+    steps: int
+    pool: int = 16
+    records: int = 1024
+    held_out: int = 96
+    options: str = "{}"
+
+    @property
+    def run(self) -> str:
+        """A short name, the same in every file of results."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        of_policy = "" if self.options == "{}" else f" {self.options}"
+        return (
+            f"{self.data} {self.condition} {self.policy}{of_policy} {self.sample_ratio:g} × {self.token_ratio:g}, "
+            f"seed {self.seed}, rate {self.learning_rate:g}, {self.steps} steps of {self.pool}"
+        )
+
+
+class Variant(NamedTuple):
+    """A policy at the smallest budget. Of those that score nothing the steps are cheap, so that they make more: their
+    points of evaluation are to be compared at equal steps and at equal time."""
+
+    policy: str
+    sample_ratio: float = 0.125
+    token_ratio: float = 1.0
+    steps: int = 60
+    options: str = "{}"
+
+
+FULL = Variant("full", 1.0)
+RANDOM = Variant("random", steps=120)
+LONGEST = Variant("longest", steps=120)
+ENTROPY = Variant("entropy")
+INFOBATCH = Variant("infobatch", 1.0)
+DFT = Variant("dft", 1.0)
+EAFT = Variant("eaft", 1.0)
+QTUNING = Variant("qtuning", token_ratio=0.5)
+QTUNING_SAMPLES = Variant("qtuning")
+RESIDUAL = Variant("qtuning_residual", token_ratio=0.5)
+PRUNING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL, LONGEST, ENTROPY)
+
+
+class Stage(NamedTuple):
+    """Runs of equal value: every variant × condition × seed, at that share of the samples or the variant's own."""
+
+    variants: tuple[Variant, ...]
+    conditions: tuple[str, ...]
+    sample_ratio: float | None = None
+
+
+TELLING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL)
+# the worst value for time last
+GENERATED_STAGES = (
+    Stage(PRUNING, ("clean", "exchanged40", "duplicates50")),
+    Stage((FULL,), ("clean", "exchanged40", "duplicates50")),
+    Stage(TELLING, ("trivial50", "mixed")),
+    Stage((INFOBATCH, DFT, EAFT), ("clean", "exchanged40", "duplicates50")),
+    Stage(TELLING, ("clean", "exchanged40"), 0.5),
+    Stage(TELLING, ("exchanged20",)),
+)
+FILE_STAGES = (Stage(TELLING, ("clean", "exchanged40")), Stage((FULL, LONGEST), ("clean", "exchanged40")))
+_QUICK = (Variant("random", steps=30), QTUNING._replace(steps=30), FULL._replace(steps=15))
+QUICK_STAGES = (Stage(_QUICK, ("clean",)),)
+
+
+def rate_runs(base: Setting) -> list[Setting]:
+    """Full data at each learning rate, and the model as it is: `base` gives data, sizes and steps."""
+    full = replace(base, condition="clean", policy="full", sample_ratio=1.0, token_ratio=1.0, seed=0, options="{}")
+    return [replace(full, learning_rate=0.0, steps=0), *(replace(full, learning_rate=rate) for rate in RATES)]
+
+
+def grid(base: Setting, stages: Iterable[Stage], seeds: Iterable[int] = SEEDS) -> list[Setting]:
+    """The runs in their order: stage by stage, and within one seed by seed, so that a comparison is soon complete."""
+    settings = [
+        replace(
+            base,
+            condition=condition,
+            policy=variant.policy,
+            sample_ratio=stage.sample_ratio or variant.sample_ratio,
+            token_ratio=variant.token_ratio,
+            options=variant.options,
+            steps=min(variant.steps, base.steps) if stage.sample_ratio else variant.steps,
+            seed=seed,
+        )
+        for stage in stages
+        for seed in seeds
+        for condition in stage.conditions
+        for variant in stage.variants
+    ]
+    return list(dict.fromkeys(settings))
+
+
+def setting_of(row: dict[str, str]) -> Setting:
+    """The setting that a row of results belongs to."""
+    kinds = {each.name: type_ for each, type_ in zip(fields(Setting), _TYPES, strict=True)}
+    return Setting(**{name: kind(row[name]) for name, kind in kinds.items()})
+
+
+_TYPES = (str, str, str, float, float, int, float, int, int, int, int, str)
+
+
+def missing(settings: Iterable[Setting], rows: Iterable[dict[str, str]]) -> list[Setting]:
+    """Those without a row, in their order. Rows are written for finished runs only."""
+    finished = {setting_of(row) for row in rows}
+    return [setting for setting in settings if setting not in finished]
+
+
+def chosen_rate(base: Setting, rows: Iterable[dict[str, str]]) -> float | None:
+    """Of `RATES` the one with the lowest held-out nll of full data at the end; None until all have been run."""
+    wanted = set(rate_runs(base))
+    ends = {}
+    for row in rows:
+        setting = setting_of(row)
+        if setting in wanted and setting.steps and int(row["step"]) == setting.steps:
+            ends[setting.learning_rate] = float(row["nll"])
+    return min(ends, key=ends.__getitem__) if len(ends) == len(RATES) else None
+
+
+def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> float | None:
+    """What the run will take: the median of those that differ in seed, rate or condition alone, on this machine if
+    there are any; else by the longest one of its data per step; None where nothing is known."""
+    like, per_step = [], []
+    stored = list(rows)
+    here = [row for row in stored if row["machine"] == machine]
+    for row in here or stored:
+        other = setting_of(row)
+        if (
+            replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)
+            == setting
+        ):
+            like.append(float(row["run_minutes"]))
+        elif other.data == setting.data and other.steps:
+            per_step.append(float(row["run_minutes"]) / other.steps / other.pool)
+    if like:
+        return statistics.median(like)
+    return max(per_step) * setting.steps * setting.pool if per_step else None
+
+
+def plan_lines(settings: list[Setting], rows: list[dict[str, str]], machine: str, jobs: int) -> Iterator[str]:
+    """The missing runs with their minutes, and the sum of those known, `jobs` runs side by side."""
+    total = 0.0
+    for setting in settings:
+        known = minutes(setting, rows, machine)
+        total += known or 0.0
+        yield f"{'   ?' if known is None else f'{known:4.1f}'} min  {setting}"
+    yield f"{len(settings)} runs missing, {total / jobs:.0f} minutes with {jobs} side by side"

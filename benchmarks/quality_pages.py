@@ -1,0 +1,246 @@
+"""The tables and pictures of docs/quality.md, from the two CSV files alone."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import RESULTS, ROOT, fill, markdown, read_rows
+from benchmarks.quality_data import CONDITIONS, KINDS
+from benchmarks.quality_grid import RATES
+from benchmarks.quality_statistics import Curve, Difference, at_equal_steps, at_equal_time, curves
+
+BASELINE = "random"
+WHOLE = "qtuning, whole samples"
+# the questions of docs/quality.md, first against second
+QUESTIONS = (
+    (1, "qtuning", BASELINE), (2, WHOLE, BASELINE), (3, "qtuning", WHOLE), (4, "qtuning_residual", "qtuning"),
+    (5, "longest", BASELINE), (5, "entropy", BASELINE), (6, BASELINE, "full"), (7, "infobatch", "full"),
+    (7, "dft", "full"), (7, "eaft", "full"),
+)  # fmt: skip
+PAGE = ROOT / "docs" / "quality.md"
+# a colour for each, the same in every picture
+COLORS = {
+    "full": "#000000", "random": "#999999", "longest": "#56B4E9", "entropy": "#0072B2", "infobatch": "#F0E442",
+    "dft": "#CC79A7", "eaft": "#882255", "qtuning": "#D55E00", WHOLE: "#E69F00",
+    "qtuning_residual": "#009E73",
+}  # fmt: skip
+
+
+def label(curve: Curve) -> str:
+    """A policy as the tables name it; its token ratio where it is not the policy's own."""
+    setting = curve.setting
+    of_policy = "" if setting.options == "{}" else f" {setting.options}"
+    whole = ", whole samples" if setting.policy.startswith("qtuning") and setting.token_ratio == 1 else ""
+    return f"{setting.policy}{of_policy}{whole}"
+
+
+def budget(curve: Curve) -> float:
+    """The share of the samples, under which a policy stands; full data and what weighs it belong to the smallest."""
+    return curve.setting.sample_ratio if curve.setting.sample_ratio < 1 else 0.125
+
+
+def shown(difference: Difference | None, digits: int = 3) -> str:
+    """The difference and its interval; bold where the interval supports it."""
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+    return f"**{text}**" if difference.shown else text
+
+
+def mean_of(group: list[Curve], column: str, digits: int, step: float = np.inf) -> str:
+    """Of a column at each run's last point up to `step`, over seeds."""
+    values = [curve.rows[curve.place(step)][column] for curve in group]
+    return f"{np.mean([float(value) for value in values]):.{digits}f}" if all(values) else ""
+
+
+def share_kept(rows: Iterable[dict[str, str]], kind: str) -> tuple[float, float]:
+    """Of the kept samples, and of all that were seen, the share of a kind."""
+    kept, seen, all_kept, all_seen = 0, 0, 0, 0
+    for row in rows:
+        kept, seen = kept + int(row[f"kept_{kind}"]), seen + int(row[f"seen_{kind}"])
+        all_kept += sum(int(row[f"kept_{each}"]) for each in KINDS)
+        all_seen += sum(int(row[f"seen_{each}"]) for each in KINDS)
+    return kept / max(1, all_kept), seen / max(1, all_seen)
+
+
+def selects(group: list[Curve]) -> bool:
+    """Whether any sample was left out."""
+    return any(row[f"kept_{kind}"] != row[f"seen_{kind}"] for curve in group for row in curve.rows for kind in KINDS)
+
+
+Groups = dict[tuple[str, float, str], dict[str, list[Curve]]]
+
+
+def grouped(found: list[Curve]) -> Groups:
+    """By data, share of the samples and condition, then by policy: its seeds. Runs at the rate of most, only."""
+    groups: Groups = {}
+    for curve in found:
+        key = curve.setting.data, budget(curve), curve.setting.condition
+        groups.setdefault(key, {}).setdefault(label(curve), []).append(curve)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][:2], list(CONDITIONS).index(item[0][2]))))
+
+
+def at_chosen_rate(found: list[Curve]) -> list[Curve]:
+    """Without the runs of full data at the rates that were not chosen."""
+    rates: dict[str, float] = {}
+    for curve in found:
+        own = [c for c in found if c.setting.data == curve.setting.data and c.setting.policy == "full"]
+        own = [c for c in own if c.setting.condition == "clean" and c.setting.seed == 0]
+        others = {c.setting.learning_rate for c in found if c.setting.policy != "full"}
+        if own:
+            best = min(own, key=lambda c: c.mean_nll()[-1]).setting.learning_rate
+        rates[curve.setting.data] = best if own else min(others)
+    return [curve for curve in found if curve.setting.learning_rate == rates[curve.setting.data]]
+
+
+def rate_table(found: list[Curve]) -> str:
+    rows = [
+        [c.setting.data, f"{c.setting.learning_rate:g}", *(f"{x:.4f}" for x in c.mean_nll()[[0, -1]])]
+        for c in sorted(found, key=lambda c: (c.setting.data, c.setting.learning_rate))
+        if c.setting.policy == "full" and c.setting.condition == "clean" and c.setting.seed == 0
+        and c.setting.learning_rate in RATES
+    ]  # fmt: skip
+    return markdown(["data", "learning rate", "nll before", "nll after"], rows)
+
+
+def answer_table(groups: Groups) -> str:
+    """The questions of the page, condition by condition."""
+    rows = []
+    for number, first, second in QUESTIONS:
+        for (data, ratio, condition), policies in groups.items():
+            if first in policies and second in policies:
+                pair = policies[first], policies[second]
+                differences = at_equal_steps(*pair), at_equal_time(*pair), at_equal_steps(*pair, "correct")
+                if differences[0]:
+                    row = [number, f"{first} − {second}", data, f"{ratio:.1%}", condition, len(differences[0].by_seed)]
+                    rows.append([*row, *map(shown, differences[:2]), shown(differences[2], 2)])
+    head = ["question", "difference", "data", "samples", "condition", "seeds", "nll, equal steps", "nll, equal time"]
+    return markdown([*head, "exact match"], rows)
+
+
+def measure_table(groups: Groups) -> str:
+    """What each policy came to after as many steps as all of its group made, the mean over its seeds."""
+    columns = {"nll": 3, "nll_result": 3, "accuracy": 2, "nll_other": 3, "cpu_seconds": 0, "tokens_kept": 0}
+    rows = []
+    for (data, ratio, condition), policies in groups.items():
+        step = min(curve.steps[-1] for group in policies.values() for curve in group)
+        for name, group in policies.items():
+            numbers = [mean_of(group, column, digits, step) for column, digits in {**columns, "peak_mib": 0}.items()]
+            rows.append([data, f"{ratio:.1%}", condition, name, len(group), int(step), *numbers])
+    head = ["data", "samples", "condition", "policy", "seeds", "steps", "nll", "nll of the result", "exact match"]
+    return markdown([*head, "nll of other text", "seconds", "tokens trained", "peak MiB"], rows)
+
+
+def planted_table(groups: Groups) -> str:
+    rows = []
+    for (data, ratio, condition), policies in groups.items():
+        for kind in KINDS[1:]:
+            for name, group in policies.items():
+                kept, base = share_kept([curve.rows[-1] for curve in group], kind)
+                if base and selects(group):
+                    rows.append([data, f"{ratio:.1%}", condition, kind, name, f"{kept:.1%}", f"{base:.1%}"])
+    head = ["data", "samples", "condition", "flaw", "policy", "share of the kept", "share of all"]
+    return markdown(head, rows)
+
+
+def plot_over_seconds(groups: Groups, path: Path) -> bool:
+    """Held-out nll, and exact matches where there are any, over seconds of training: a panel per condition."""
+    plt = _pyplot()
+    measures: list[tuple[str, Callable[[Curve], np.ndarray]]] = [("held-out nll, nats per token", Curve.mean_nll)]
+    if any(c.correct.size for policies in groups.values() for own in policies.values() for c in own):
+        measures.append(("exact match", lambda curve: curve.correct.mean(1)))
+    shape = {"nrows": len(groups), "ncols": len(measures), "figsize": (4.6 * len(measures), 2.5 * len(groups) + 0.7)}
+    figure, axes = plt.subplots(**shape, squeeze=False, sharey="col", layout="constrained")
+    for (key, policies), panels in zip(groups.items(), axes, strict=True):
+        for axis, (title, measure) in zip(panels, measures, strict=True):
+            for name, group in policies.items():
+                least = min(len(curve.steps) for curve in group)
+                seconds = np.mean([curve.cpu_seconds[:least] for curve in group], 0)
+                values = np.stack([measure(curve)[:least] for curve in group])
+                color = COLORS.get(name)
+                (line,) = axis.plot(seconds, values.mean(0), marker=".", color=color, label=name, linewidth=1.2)
+                axis.fill_between(
+                    seconds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0
+                )
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(f"{key[0]}, {key[1]:.1%} of the samples, {key[2]}", fontsize=9)
+            axis.set_ylabel(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds of training, one thread")
+    lines = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def plot_planted(groups: Groups, path: Path) -> bool:
+    """The share of planted flaws among the kept samples, over that among all; 1 is what chance keeps."""
+    panels = [(key, kind) for key in groups for kind in KINDS[1:] if CONDITIONS[key[2]].get(kind)]
+    names = list(dict.fromkeys(name for key, _ in panels for name, group in groups[key].items() if selects(group)))
+    if not names:
+        return False
+    plt = _pyplot()
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (2.6 * columns + 1.8, (0.25 * len(names) + 0.9) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (key, kind) in zip(axes.flat, panels, strict=False):
+        for place, name in enumerate(names):
+            shares = [share_kept([curve.rows[-1]], kind) for curve in groups[key].get(name, [])]
+            ratios = [kept / base for kept, base in shares if base]
+            if ratios:
+                axis.barh(place, np.mean(ratios), color=COLORS.get(name, "#BBBBBB"))
+                axis.plot(ratios, [place] * len(ratios), "k.", markersize=4)
+        axis.set_yticks(range(len(names)), names)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{key[2]}: {kind}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("share of the kept samples over share of all; dots are seeds", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw(path: Path) -> None:
+    """Pictures beside the CSV, for each data set and budget; the text into docs/quality.md, if the CSV is its own, else
+    to the screen."""
+    samples = path.with_name(f"{path.stem}_samples.csv")
+    if not path.exists() or not samples.exists():
+        raise SystemExit(f"{path} or {samples.name} is not there: no run has finished")
+    found = curves(read_rows(path), read_rows(samples))
+    groups = grouped(at_chosen_rate(found))
+    pictures = []
+    for data, ratio in dict.fromkeys(key[:2] for key in groups):
+        own = {key: policies for key, policies in groups.items() if key[:2] == (data, ratio)}
+        for what, plot in {"seconds": plot_over_seconds, "planted": plot_planted}.items():
+            picture = path.with_name(f"{path.stem}_{data.replace('/', '_')}_{1000 * ratio:.0f}_{what}.png")
+            if plot(own, picture):
+                pictures.append(picture)
+    print("drawn", *pictures)
+    parts = {
+        "Learning rates": rate_table(found),
+        "Answers": answer_table(groups),
+        "Quality over time, planted flaws kept": "\n\n".join(
+            f"![{picture.stem}](../benchmarks/results/{picture.name})" for picture in pictures
+        ),
+        "Measures": measure_table(groups),
+        "Planted flaws": planted_table(groups),
+    }
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    if path == RESULTS / "quality.csv":
+        fill(PAGE, {"results": text})
+    else:
+        print(text)

@@ -1,0 +1,305 @@
+"""The benchmark of quality: planted flaws, which runs are made, intervals, and one whole run of a tiny model."""
+
+import json
+import subprocess
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import transformers
+
+from benchmarks import quality, quality_grid, quality_pages
+from benchmarks.common import read_rows
+from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, generated_split, plant, tokenized
+from benchmarks.quality_grid import Inputs, Setting
+from benchmarks.quality_measures import result_tokens
+from benchmarks.quality_run import counts_until, qtuning_config, run
+from benchmarks.quality_statistics import curves, paired_difference
+from qtuning_kernels.pruning.policies import make_policy
+from tests.tiny_tokenizer import byte_tokenizer
+
+BASE = Setting("file/data", "clean", "full", 1.0, 1.0, 0, 1e-3, 4, pool=4, records=24, held_out=6)
+
+
+def records(count=40):
+    return [
+        {"question": f"q {i}?", "answer": f"{i // 4}", "task": "ab"[i % 2], "planted": "clean"} for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_flaws_are_planted_in_their_shares(condition):
+    clean = records(200)
+    planted = plant(clean, condition, 3)
+    counts = Counter(record["planted"] for record in planted)
+    shares = CONDITIONS[condition]
+    assert counts == {kind: round(share * 200) for kind, share in {**shares, "clean": 1 - sum(shares.values())}.items()}
+    assert planted == plant(clean, condition, 3)
+    for before, after in zip(clean, planted, strict=True):
+        if after["planted"] == "clean":
+            assert after == before
+
+
+def test_an_exchanged_answer_is_another_one_of_the_same_task():
+    """Four records of each answer, so that a plain rotation would give many their own answer back."""
+    clean = records(80)
+    planted = plant(clean, "exchanged40", 1)
+    changed = [(a, b) for a, b in zip(clean, planted, strict=True) if b["planted"] == "exchanged"]
+    assert len(changed) == 32
+    assert all(a["question"] == b["question"] and a["answer"] != b["answer"] for a, b in changed)
+    for task in "ab":
+        own = [(a["answer"], b["answer"]) for a, b in changed if a["task"] == task]
+        assert Counter(a for a, _ in own) == Counter(b for _, b in own)
+
+
+def test_answers_that_are_mostly_the_same_are_not_exchanged():
+    same = [record | {"answer": "Yes"} for record in records()]
+    with pytest.raises(ValueError, match=r"half of the answers of task '[ab]' are the same: 'Yes'"):
+        plant(same, "exchanged40", 0)
+
+
+def test_duplicates_repeat_clean_records_that_stay():
+    planted = plant(records(200), "duplicates50", 0)
+    clean = {record["question"]: record["answer"] for record in planted if record["planted"] == "clean"}
+    duplicates = [record for record in planted if record["planted"] == "duplicate"]
+    sources = Counter()
+    for record in duplicates:
+        (source,) = [question for question in clean if record["question"].endswith(". " + question)
+                     or record["question"].endswith(": " + question)]  # fmt: skip
+        assert record["answer"] == clean[source]
+        sources[source] += 1
+    assert len(sources) == 16
+    assert len({record["question"] for record in duplicates}) == 100
+
+
+def test_generated_records_are_distinct_and_held_out_ones_fixed():
+    pytest.importorskip("reasoning_gym")
+    (train, held_out), (other, again) = generated_split(60, 20, 0), generated_split(60, 20, 1)
+    assert held_out == again
+    assert train != other
+    questions = [record["question"] for record in train + held_out]
+    assert len(set(questions)) == 80
+    assert Counter(record["task"] for record in train) == dict.fromkeys({r["task"] for r in train}, 15)
+
+
+def test_the_tokens_of_the_result_are_those_behind_its_mark():
+    tokenizer = byte_tokenizer()
+    labels = tokenizer("1 + 1 = 2 #### 2\n#### 12<|im_end|>").input_ids
+    marked = result_tokens(labels, tokenizer, "####")
+    assert tokenizer.decode([x for x, mark in zip(labels, marked, strict=True) if mark]) == " 12<|im_end|>"
+    assert not any(result_tokens(labels, tokenizer, "Answer:"))
+    assert not any(result_tokens(labels, tokenizer, ""))
+
+
+def test_a_bootstrap_interval_covers_as_often_as_it_says():
+    """Differences of seed + sample + noise with a known mean: of 300 intervals at 95 % between 90 % and 98 % cover it.
+
+    With n instead of n − 1 draws of the three seeds fewer than 85 % would.
+    """
+    rng = np.random.default_rng(5)
+    covered = 0
+    weight = np.ones(60)
+    for _ in range(300):
+        # twelve seeds: of three no interval of percentiles reaches 95 %
+        difference = 0.3 + rng.normal(0, 0.1, (12, 1)) + rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (12, 60))
+        base = rng.normal(2, 1, (1, 60)).repeat(12, 0)
+        found = paired_difference(base + difference, base, weight, draws=400)
+        covered += found.low <= 0.3 <= found.high
+    assert 0.9 <= covered / 300 <= 0.985
+
+
+def test_a_difference_is_a_ratio_of_sums_over_tokens():
+    first, second, tokens = np.array([[4.0, 9.0], [2.0, 7.0]]), np.array([[1.0, 3.0], [1.0, 3.0]]), np.array([1.0, 3.0])
+    found = paired_difference(first, second, tokens)
+    assert found.by_seed == pytest.approx(((3 + 6) / 4, (1 + 4) / 4))
+    assert found.mean == pytest.approx(1.75)
+    assert found.low >= min(1.0, 4 / 3) - 1e-9  # the least that a draw of one sample and one seed can give
+    assert not found.shown  # two seeds show nothing
+
+
+def row(setting, minutes=2.0, machine="here", nll=1.0, step=None):
+    values = {name: str(value) for name, value in vars(setting).items()}
+    step = setting.steps if step is None else step
+    return values | {"run_minutes": str(minutes), "machine": machine, "nll": str(nll), "step": str(step)}
+
+
+def test_a_row_gives_its_setting_back():
+    setting = replace(BASE, options='{"q": 0.5}', learning_rate=5e-5, token_ratio=0.5)
+    assert quality_grid.setting_of(row(setting)) == setting
+    assert quality_grid.missing([setting, BASE], [row(setting)]) == [BASE]
+
+
+def test_the_minutes_of_a_run_are_those_of_its_like():
+    like = [row(replace(BASE, seed=seed), minutes) for seed, minutes in ((1, 3.0), (2, 5.0), (3, 4.0))]
+    assert quality_grid.minutes(BASE, like, "here") == 4.0
+    elsewhere = [row(replace(BASE, seed=4), 100.0, "elsewhere")]
+    assert quality_grid.minutes(BASE, like + elsewhere, "here") == 4.0
+    assert quality_grid.minutes(BASE, elsewhere, "here") == 100.0
+    other = replace(BASE, policy="random", steps=8)
+    assert quality_grid.minutes(other, like, "here") == pytest.approx(10.0)  # by the longest, per step
+    assert quality_grid.minutes(other, [], "here") is None
+
+
+def test_the_rate_is_that_of_the_lowest_nll_once_all_have_run():
+    runs = [setting for setting in quality_grid.rate_runs(BASE) if setting.steps]
+    rows = [row(setting, nll=nll) for setting, nll in zip(runs, (0.9, 0.7, 0.8), strict=True)]
+    assert quality_grid.chosen_rate(BASE, rows[:2]) is None
+    assert quality_grid.chosen_rate(BASE, rows) == quality_grid.RATES[1]
+
+
+def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
+    """Runs of 2 minutes by a clock of the test's own: of four, 5 minutes hold two."""
+    now = [0.0]
+    made = []
+
+    def make(setting, timeout):
+        made.append(setting)
+        now[0] += 120
+        lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True, False]}
+        return [{"step": 4, "nll": 1.0, "machine": quality.machine_name(), "run_minutes": 2.0, **lists}]
+
+    settings = [replace(BASE, seed=seed) for seed in range(4)]
+    runner = quality.Runner(tmp_path / "quality.csv", 1, 300.0, make, clock=lambda: now[0])
+    runner(settings)
+    assert made == settings[:2]
+    assert runner.left_out == settings[2:]
+    again = quality.Runner(tmp_path / "quality.csv", 1, 1e9, make, clock=lambda: now[0])
+    again(settings)
+    assert made == settings
+    assert [row["seed"] for row in read_rows(tmp_path / "quality.csv")] == ["0", "1", "2", "3"]
+    assert read_rows(tmp_path / "quality_samples.csv")[0]["sample_correct"] == "10"
+
+
+def test_a_run_of_unknown_length_is_stopped_at_the_end_of_the_budget(tmp_path):
+    given = []
+
+    def make(setting, timeout):
+        given.append(timeout)
+        raise subprocess.TimeoutExpired("run", timeout)
+
+    runner = quality.Runner(tmp_path / "quality.csv", 1, 300.0, make, clock=lambda: 100.0)
+    runner([BASE])
+    assert (given, runner.left_out, runner.failed) == ([200.0], [BASE], [])
+    assert not (tmp_path / "quality.csv").exists()
+
+
+def test_a_failed_run_leaves_no_row_and_the_others_go_on(tmp_path):
+    def make(setting, timeout):
+        if setting.seed == 0:
+            raise RuntimeError("it is broken")
+        lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": []}
+        return [{"step": 4, "nll": 1.0, "machine": "here", "run_minutes": 2.0, **lists}]
+
+    runner = quality.Runner(tmp_path / "quality.csv", 2, 1e9, make)
+    runner([replace(BASE, seed=seed) for seed in range(3)])
+    assert [setting.seed for setting in runner.failed] == [0]
+    assert sorted(row["seed"] for row in read_rows(tmp_path / "quality.csv")) == ["1", "2"]
+
+
+def test_counts_are_cumulative_and_by_mark():
+    marks = ["clean", "exchanged"]
+    rows = [
+        {"step": step, "id": i, "keep": i == step % 2, "num_tokens": 5, "kept_tokens": 5 * (i == step % 2)}
+        for step in (1, 2)
+        for i in (0, 1)
+    ]
+    assert counts_until(rows, marks, 1)["kept_exchanged"] == 1
+    both = counts_until(rows, marks, 2)
+    assert (both["seen_clean"], both["kept_clean"], both["tokens_seen"], both["tokens_kept"]) == (2, 1, 20, 10)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A tiny model of bytes, a file of sums and another text."""
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=True,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [
+        json.dumps({"question": f"{a}+{b}", "answer": f"{a} and {b}: {a + b}"}) for a in range(9) for b in range(9)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "other.txt").write_text("What is forgotten while this is learnt? " * 20)
+    return Inputs(
+        str(tmp_path / "model"),
+        str(tmp_path / "data.jsonl"),
+        result_mark=":",
+        other=str(tmp_path / "other.txt"),
+        records=24,
+        held_out=6,
+        generate=4,
+        most_new_tokens=6,
+    )
+
+
+def test_whole_runs_of_a_tiny_model(inputs, tmp_path, one_thread, monkeypatch):
+    """From the model as it is to tables and pictures: same pools for all policies, every sample counted."""
+    monkeypatch.setattr("benchmarks.quality_run.POINTS", (2,))
+    output = tmp_path / "results" / "quality.csv"
+    settings = [
+        replace(BASE, steps=0),
+        *(replace(BASE, condition="exchanged40", policy=policy, sample_ratio=0.5, seed=seed)
+          for policy in ("random", "qtuning") for seed in (0, 1)),
+    ]  # fmt: skip
+    runner = quality.Runner(output, 1, 1e9, lambda setting, timeout: [
+        point | {"machine": "here"} for point in run(setting, inputs)
+    ])  # fmt: skip
+    runner(settings)
+    rows = read_rows(output)
+    assert [(row["policy"], row["seed"], row["step"]) for row in rows] == [
+        ("full", "0", "0"),
+        *((policy, seed, step) for policy in ("random", "qtuning") for seed in "01" for step in "24"),
+    ]
+    seen = {}
+    for row in rows[1:]:
+        counts = {kind: int(row[f"seen_{kind}"]) for kind in ("clean", "exchanged", "duplicate", "trivial")}
+        assert sum(counts.values()) == 4 * int(row["step"])
+        assert sum(int(row[f"kept_{kind}"]) for kind in counts) == 2 * int(row["step"])
+        assert seen.setdefault((row["seed"], row["step"]), counts) == counts  # the order of pools is the seed's
+        assert float(row["nll"]) != float(rows[0]["nll"])
+        assert float(row["nll_result"]) > 0
+    found = curves(rows, read_rows(output.with_name("quality_samples.csv")))
+    for curve in found:
+        stored = [float(row["nll"]) for row in curve.rows]
+        assert curve.mean_nll() == pytest.approx(stored, rel=1e-3)  # of four digits per sample
+        assert list(curve.steps) == [0, 2, 4]
+    quality_pages.draw(output)
+    assert len(list(output.parent.glob("*.png"))) == 2
+
+
+def test_a_file_without_the_field_is_refused(inputs):
+    with pytest.raises(ValueError, match=r"has no field 'prompt'; accepted: of \['question', 'answer'\]"):
+        file_split(inputs.data, "prompt", "answer", 4, 4, 0)
+    with pytest.raises(ValueError, match="has 81 distinct prompts; accepted: at least 80"):
+        file_split(inputs.data, "question", "answer", 80, 4, 0)
+
+
+def test_the_answer_ends_with_the_end_of_turn(inputs):
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    (sample,) = tokenized(records(1), tokenizer, 512)
+    assert tokenizer.decode([x for x in sample["labels"] if x >= 0]) == "0<|im_end|>"
+    assert tokenizer.decode(sample["input_ids"]) == (
+        "<|im_start|>user\nq 0?<|im_end|>\n<|im_start|>assistant\n0<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("stages", [quality_grid.GENERATED_STAGES, quality_grid.FILE_STAGES, quality_grid.QUICK_STAGES])
+def test_every_run_of_the_plan_has_a_policy_that_takes_its_settings(stages):
+    settings = quality_grid.grid(replace(BASE, steps=60), stages)
+    assert len(settings) == len({setting.run for setting in settings})
+    for setting in settings:
+        policy = make_policy(qtuning_config(setting))
+        assert getattr(policy, "sample_ratio", setting.sample_ratio) == setting.sample_ratio
+        assert not policy.needs & {"reference_nll"}
