@@ -6,14 +6,13 @@ import os
 import signal
 from pathlib import Path
 
-import accelerate
 import datasets
 import torch
 import transformers
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 
 import qtuning_kernels as qk
+from tests.processes import deepspeed_uncompiled, shard_on_cpus
 from tests.tiny import tiny_model, tiny_samples
 
 parser = argparse.ArgumentParser()
@@ -35,22 +34,6 @@ torch.set_num_threads(1)
 world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
-def shard_on_cpus() -> None:
-    """accelerate makes DDP of FSDP where there is no accelerator, and says nothing."""
-    made = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = accelerate.DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            PartialState._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
-
-    AcceleratorState.__init__ = init
-
-
 wrapping = {}
 if options.wrapper == "fsdp2":
     shard_on_cpus()
@@ -60,9 +43,7 @@ if options.wrapper == "fsdp2":
                         "cpu_ram_efficient_loading": False},
     }  # fmt: skip
 elif options.wrapper.startswith("zero"):
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None  # would be compiled
+    deepspeed_uncompiled()
     wrapping = {
         "optim": "adamw_torch",
         "deepspeed": {

@@ -1,10 +1,6 @@
 """Data-parallel runs over gloo on this machine: the same step as one process with the same pool."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +9,13 @@ from safetensors.torch import load_file
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.distributed import balance_by_tokens
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, run_processes
 
 
 def launch(output, processes, *options, timeout=240):
     output.mkdir(exist_ok=True)
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(command if processes > 1 else []), str(ROOT / "tests/training/distributed_worker.py"),
-         str(output), *options],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        timeout=timeout, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    worker = ROOT / "tests/training/distributed_worker.py"
+    return run_processes(worker, output, *options, processes=processes, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
