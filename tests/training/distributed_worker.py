@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,7 @@ parser.add_argument("--rescore-every", type=int, default=1)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("--count", action="store_true", help="collectives between the ends of steps 2 and 3")
 options = parser.parse_args()
 torch.set_num_threads(1)
 world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -64,6 +66,22 @@ class Kill(transformers.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Count(transformers.TrainerCallback):
+    """Every collective is an operator of the dispatcher's, also those that DDP's reducer starts."""
+
+    def __init__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.counts = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if options.count and state.global_step == 2:
+            self.profile.start()
+        elif options.count and state.global_step == 3:
+            self.profile.stop()
+            names = (event.name for event in self.profile.events())
+            self.counts.update(Counter(name for name in names if name.startswith("c10d::")))
+
+
 def build_model():
     model = tiny_model("llama-tied" if options.head == "tied" else "llama").to(getattr(torch, options.dtype))
     if not options.lora:
@@ -88,14 +106,16 @@ arguments = transformers.TrainingArguments(
     report_to=[],
     save_strategy="steps" if options.save_steps else "no",
     save_steps=options.save_steps or 500,
-    logging_steps=1,
+    logging_steps=1 if not options.count else 100,  # a log of Trainer's gathers the loss
     seed=7,
     use_cpu=True,
     disable_tqdm=True,
     ddp_timeout=60,
+    ddp_find_unused_parameters=False if options.count else None,  # DDP would reduce a list of them, too
     bf16=options.bf16,
     **wrapping,
 )
+count = Count()
 trainer = qk.QTuningTrainer(
     model,
     arguments,
@@ -108,7 +128,7 @@ trainer = qk.QTuningTrainer(
         micro_batch_tokens=40,
         rescore_every=options.rescore_every,
     ),
-    callbacks=[Kill()],
+    callbacks=[Kill(), count],
 )
 
 tokens, exact = [], []
@@ -150,7 +170,7 @@ if rank == 0:
     save_file(weights, options.output / "w")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = {"tokens": everyone, "losses": losses, "summary": trainer.qtuning_summary(), "wrapped": wrapped,
-              "partitioned": partitioned, "fused": fused, "exact": exact}  # fmt: skip
+              "partitioned": partitioned, "fused": fused, "exact": exact, "collectives": count.counts}  # fmt: skip
     (options.output / "result.json").write_text(json.dumps(result))
 # everything is written; the interpreter's teardown beside gloo's threads aborts about once in ten runs
 if world > 1:

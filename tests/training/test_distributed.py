@@ -68,6 +68,27 @@ def test_a_process_with_nothing_left_takes_part(tmp_path):
     assert all(sorted(pair)[0] == 0 < sorted(pair)[1] for pair in zip(*result(output)["tokens"], strict=True))
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_collectives_of_a_step(tmp_path, wrapper):
+    """Two pools a step, each in several micro-batches: gradients are reduced once. Under FSDP2 each pool's last
+    micro-batch reduced them, since the context that defers the ones before ends with reductions on."""
+    output = tmp_path / "counted"
+    run = launch(output, 2, "--pool", "16", "--accumulation", "2", "--count", "--wrapper", wrapper)
+    assert run.returncode == 0, run.stderr[-2000:]
+    counts = result(output)["collectives"]
+    objects = 4  # scores of either pool, all kept samples, the accounts; of two collectives each: sizes and bytes
+    hosts = 2  # numbers of labels, of the batches that came and of those they were cut to
+    if wrapper == "ddp":
+        assert counts.pop("c10d::allreduce_") == 1  # one bucket of gradients
+        assert counts.pop("c10d::broadcast_") == 1  # buffers, before the forward that synchronises
+    else:
+        assert counts.pop("c10d::_reduce_scatter_base_") == 3  # two layers, and what is around them
+        assert counts.pop("c10d::allreduce_") == 1  # the norm of the gradients
+        assert counts.pop("c10d::_allgather_base_") > 0  # parameters
+        objects += 3  # the number of scoring forwards, and of either pool's micro-batches
+    assert counts == {"c10d::allgather_": 2 * objects + hosts}
+
+
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_carry_about_equal_numbers_of_tokens(processes):
     """Eight kept samples a process, lengths as in GSM8K (log-normal around 200): the longest load is at

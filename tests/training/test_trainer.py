@@ -271,7 +271,7 @@ def test_pool_without_an_eligible_sample(tmp_path):
         sample["labels"] = [-100] * len(sample["labels"])
     run = trainer(tmp_path, samples=samples, max_steps=2, config=PRUNING)
     before = weights(run)
-    with pytest.warns(UserWarning, match="step 1 trains on nothing: no sample of its pool is eligible"):
+    with pytest.warns(UserWarning, match="step 1 trained on nothing: no sample of its pool is eligible"):
         run.train()
     assert_same_weights(before, weights(run))
     assert run.qtuning_summary()["empty_steps"] == 2
