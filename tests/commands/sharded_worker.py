@@ -2,10 +2,12 @@
 
 import sys
 
+from transformers.integrations import is_deepspeed_available
+
 from qtuning_kernels.commands.cli import main
 from tests.processes import deepspeed_uncompiled, shard_on_cpus
 
 shard_on_cpus()
-if "--deepspeed" in sys.argv:
+if is_deepspeed_available():
     deepspeed_uncompiled()
 sys.exit(main())
