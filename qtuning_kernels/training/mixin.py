@@ -148,8 +148,8 @@ class QTuningMixin(Host):
             batches = [_batch(kept, pool, kind, self.policy) for kept, pool, kind in triples]
             count = self._get_num_items_in_batch(batches, device)
             if self.policy.weighted:  # and the loss a mean over all tokens, pruned ones included
-                everywhere = self.args.average_tokens_across_devices
-                count = plan.totals.tokens_seen if everywhere else sum(len(s.labels) for pool in pools for s in pool)
+                seen = plan.totals.tokens_seen
+                count = sum(gather(seen)) if self.args.average_tokens_across_devices else seen
         if count is None:
             if any((batch["labels"][:, 1:] == -100).all() for batch in batches):
                 raise ValueError(

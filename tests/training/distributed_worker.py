@@ -30,6 +30,7 @@ parser.add_argument("--rescore-every", type=int, default=1)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("--policy", default="qtuning")
 parser.add_argument("--count", action="store_true", help="collectives between the ends of steps 2 and 3")
 options = parser.parse_args()
 torch.set_num_threads(1)
@@ -121,6 +122,7 @@ trainer = qk.QTuningTrainer(
     arguments,
     train_dataset=datasets.Dataset.from_list(tiny_samples(160, longest=16)),
     qtuning=qk.QTuningConfig(
+        policy=options.policy,
         sample_ratio=0.25,
         selection_scope=options.scope,
         score_dtype="model",

@@ -51,6 +51,18 @@ def test_many_processes_take_the_step_of_one(alone, tmp_path, processes):
         assert ours[name] == theirs[name], name
 
 
+@pytest.mark.slow
+def test_many_processes_weigh_the_loss_as_one(tmp_path):
+    """A weighted loss is a mean over all tokens of the step, those of the other processes included."""
+    for folder, processes in (("alone", 1), ("many", 2)):
+        run = launch(tmp_path / folder, processes, "--pool", "16", "--policy", "eaft")
+        assert run.returncode == 0, run.stderr[-2000:]
+    expected, actual = (load_file(tmp_path / folder / "w") for folder in ("alone", "many"))
+    for name, weight in actual.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-9)
+    assert result(tmp_path / "many")["losses"] == pytest.approx(result(tmp_path / "alone")["losses"], rel=1e-4)
+
+
 def test_each_process_selects_from_its_own_pool(tmp_path):
     """selection_scope="rank": of each of two pools of eight, two are kept by each process."""
     output = tmp_path / "rank"
