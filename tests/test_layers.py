@@ -14,7 +14,7 @@ PACKAGE = "qtuning_kernels"
 # each imports only from those before it and from itself
 LAYERS = (
     *("arguments", "files", "config", "kernels", "pruning", "data", "models"),
-    *("run_record", "training", "report", "demo", "commands"),
+    *("run_record", "training", "report", "demo", "commands", "__main__"),
 )
 KERNELS_OF_TRITON = "triton_kernels"  # beside the package, installed as a folder of it
 ALLOWED_TO_TRITON = ("kernels.contract", KERNELS_OF_TRITON)

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qtuning_kernels.models.collectives import gather
+
 
 def prepare_output(output: Path, resume: bool, *, given: bool = True) -> str | None:
     """The checkpoint to go on from, or None to start from the beginning.
@@ -35,12 +37,16 @@ def prepare_output(output: Path, resume: bool, *, given: bool = True) -> str | N
 
 
 def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:
-    """Write model and tokenizer to ``<output>/final``, whole or not at all."""
+    """Write model and tokenizer to ``<output>/final``, whole or not at all; called by every process."""
     final, temporary = output / "final", output / ".final"
-    shutil.rmtree(temporary, ignore_errors=True)
+    writes = trainer.is_world_process_zero()
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+    gather(None)  # nobody saves before that
     trainer.save_model(str(temporary))
-    tokenizer.save_pretrained(str(temporary))
-    if final.exists():  # of a finished run that was resumed
-        shutil.rmtree(final)
-    temporary.rename(final)
+    if writes:
+        tokenizer.save_pretrained(str(temporary))
+        if final.exists():  # of a finished run that was resumed
+            shutil.rmtree(final)
+        temporary.rename(final)
     return final

@@ -4,17 +4,20 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qtuning_kernels.commands import fetch, info, options, policies, report, score, select, train
+from qtuning_kernels.models.collectives import world_size
 
 # one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
 COMMANDS = (train, report, score, select, policies, fetch, info)
 _DEBUG = "--debug"
+_SECONDS_BEHIND_THE_FIRST = 60
 
 
 class UsageError(ValueError):
@@ -23,7 +26,7 @@ class UsageError(ValueError):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qtuning",
         description="Fine-tune language models on the samples and tokens that teach (Q-Tuning, "
         "arXiv 2509.23873). Start with: qtuning fetch, then qtuning train.",
@@ -92,8 +95,8 @@ def _config_value(path: Path, name: str, value: Any, option: argparse.Action) ->
         if not isinstance(value, bool):
             raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
         return value
-    if isinstance(value, (list, dict)) and option.default == argparse.SUPPRESS:  # a field of TrainingArguments
-        return value
+    if option.default == argparse.SUPPRESS and (isinstance(value, list | dict) or value is option.const is True):
+        return value  # a field of TrainingArguments
     if isinstance(value, dict) and option.type is json.loads:
         return value
     if isinstance(value, (bool, list, dict)):
@@ -124,12 +127,29 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line of a warning that is meant for users; libraries' deprecations are not."""
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and _process("RANK") == 0:
         print(f"qtuning: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def _process(name: str) -> int:
+    """The number of this process in the run (RANK) or on its machine (LOCAL_RANK), as torchrun and accelerate say."""
+    return int(os.environ.get(name, "0"))
+
+
+def _let_the_first_speak() -> None:
+    """Until the processes of a run meet, all of a machine fail alike; the launcher ends this one once the first has."""
+    if _process("LOCAL_RANK") and world_size() == 1:
+        time.sleep(_SECONDS_BEHIND_THE_FIRST)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _let_the_first_speak()
+        super().error(message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, `train` also as one process of many: the first speaks, another only of a failure of its own.
 
     Returns:
         0 after success, 1 after a failure, whose cause is one line on stderr (and a traceback with
@@ -138,24 +158,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.run is not train.run:
+            raise UsageError(f"{arguments.command} runs in one process; accepted in several: train")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("qtuning: interrupted", file=sys.stderr)
+        if _process("RANK") == 0:
+            print("qtuning: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe had enough; nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        _let_the_first_speak()
         if _DEBUG in argv:
             traceback.print_exc()
         cause = " ".join(str(error).split()) or type(error).__name__
-        print(f"qtuning: error: {cause}", file=sys.stderr)
+        where = f"process {_process('RANK')}: " if _process("RANK") else ""
+        print(f"qtuning: error: {where}{cause}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -195,7 +195,7 @@ def _check_vocabulary(samples: Any, model: Any) -> None:
     """Raise `ValueError` for a token that the model has no embedding for."""
     import pyarrow.compute as pc
 
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.get_input_embeddings().num_embeddings  # of all of it, also where the weight is in parts
     largest = pc.max(pc.list_flatten(samples.data.column("input_ids"))).as_py()
     if largest >= size:
         raise ValueError(f"the tokenizer gives token {largest}, the model knows {size}; they do not belong together")

@@ -143,6 +143,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, shown: bool) -> N
         kind = _kind(hints[field.name])
         if "choices" in field.metadata:
             kind["choices"] = list(field.metadata["choices"])
+        if "const" in field.metadata and "action" not in kind:  # --fsdp alone
+            kind |= {"nargs": field.metadata["nargs"], "const": field.metadata["const"]}
         text = field.metadata.get("help", "") if shown else argparse.SUPPRESS
         group.add_argument(option, default=argparse.SUPPRESS, help=text, **kind)
 

@@ -12,6 +12,7 @@ from qtuning_kernels.commands import checkpoints, options
 from qtuning_kernels.commands.inputs import load_inputs, load_reference
 from qtuning_kernels.commands.terminal import log, quadrant_table
 from qtuning_kernels.files import write_atomic
+from qtuning_kernels.models.collectives import agreed, gather
 from qtuning_kernels.run_record.schema import QUADRANT_LABELS
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
@@ -42,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
     group = parser.add_argument_group("training")
     count = partial(group.add_argument, type=options.above(0), metavar="N")
-    text = "samples in a selection pool, of which the sample ratio is trained on (default: 16)"
+    text = "samples in a selection pool, per process, of which the sample ratio is trained on (default: 16)"
     count("--batch-size", "--per-device-train-batch-size", default=16, help=text)
     text = "pools per optimiser step (default: 1)"
     count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=text)
@@ -79,23 +80,33 @@ def run(arguments: argparse.Namespace) -> None:
     from qtuning_kernels.commands.panel import RunPanel
     from qtuning_kernels.run_record.writer import write_texts
 
-    console = Console()
     qtuning = options.qtuning_config(arguments)
     if arguments.report and not qtuning.record:
         raise ValueError("--report draws the record of the run; accepted: without --no-record")
     output = arguments.output or Path("runs") / time.strftime("qtuning-%Y%m%d-%H%M%S")
-    checkpoint = checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None)
-    training = _training_arguments(arguments, output)
-    inputs = load_inputs(arguments, console)
-    if arguments.lora_rank:
-        inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
-    if arguments.resume:
-        log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
+    training = _training_arguments(arguments, output)  # in which the processes of a run meet
+    first = training.process_index == 0
+    console = Console(quiet=not first)
 
-    _write_json(output / OPTIONS_FILE, _options(arguments))
-    if qtuning.record:
-        write_texts(output / "record", inputs.texts(), limit=inputs.text_limit())
-    trainer = _trainer(training, inputs, qtuning, load_reference(arguments))
+    def verdict() -> tuple[Path, str | None]:
+        return output, checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None)
+
+    def prepare() -> tuple[Any, Any]:
+        inputs = load_inputs(arguments, console)
+        if arguments.lora_rank:
+            inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
+        if arguments.resume:
+            log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
+        if first:
+            _write_json(output / OPTIONS_FILE, _options(arguments))
+        if first and qtuning.record:
+            write_texts(output / "record", inputs.texts(), limit=inputs.text_limit())
+        return inputs, _trainer(training, inputs, qtuning, load_reference(arguments))
+
+    # the first process looks at the folder, and names it: by the time, each would name its own
+    output, checkpoint = gather(agreed(verdict if first else lambda: None))[0]
+    training.output_dir = str(output)
+    inputs, trainer = agreed(prepare)
     panel = RunPanel(console)
     trainer.add_callback(panel)
     started = time.perf_counter()
@@ -104,10 +115,15 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         panel.close()
     seconds = time.perf_counter() - started
-    if checkpoint == f"{output}/checkpoint-{trainer.state.global_step}" and (output / _SUMMARY_FILE).exists():
+    finished = checkpoint == f"{output}/checkpoint-{trainer.state.global_step}" and (output / _SUMMARY_FILE).exists()
+    final = None if gather(finished)[0] else checkpoints.save_final(trainer, inputs.tokenizer, output)
+    trainer.accelerator.end_training()  # the last that the processes do together
+    if not first:
+        return
+    if final is None:
         log(console, f"the run in {output} is finished: nothing was trained, its model and summary stay")
     else:
-        summary = _summary(trainer, checkpoints.save_final(trainer, inputs.tokenizer, output), seconds)
+        summary = _summary(trainer, final, seconds)
         _write_json(output / _SUMMARY_FILE, summary)
         _print_summary(console, summary, output, inputs.tags)
     if arguments.report:
@@ -163,7 +179,14 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
         "max_steps": arguments.max_steps or -1,
         "learning_rate": arguments.learning_rate or (_LORA_RATE if arguments.lora_rank else _FULL_RATE),
     }
-    return TrainingArguments(**defaults | options.training_arguments(arguments) | renamed)
+    given = options.training_arguments(arguments)
+    if given.get("fsdp"):
+        defaults["fsdp_config"] = {"fsdp_version": 2}  # where transformers' default is another
+    training = TrainingArguments(**defaults | given | renamed)
+    if training.deepspeed_plugin is not None:  # stage 3 would leave the final model without weights
+        zero = training.deepspeed_plugin.deepspeed_config.setdefault("zero_optimization", {})
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return training
 
 
 def _trainer(training: Any, inputs: Any, qtuning: Any, reference: dict[str, Any]) -> Any:

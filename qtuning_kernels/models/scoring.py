@@ -125,6 +125,9 @@ class Scorer:
                 for parameter in module.parameters():  # buffers (rotary frequencies) keep their precision
                     parameter.data = parameter.data.to(self.dtype)
                     parameter.grad = None
+                for inner in module.modules():
+                    if type(inner).__name__ == "BufferDict":  # matrices that adapters of PEFT share
+                        inner.to(self.dtype)
         for copied, source in zip(self._copy, own, strict=True):
             for target, parameter in zip(copied.parameters(), source.parameters(), strict=True):
                 if parameter.requires_grad:

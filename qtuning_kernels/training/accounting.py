@@ -1,7 +1,7 @@
 """Where time, tokens and arithmetic go: per step, and in total."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -52,6 +52,17 @@ class Totals:
     flops_full: float = 0.0
     loss_first: float | None = None
     loss_last: float | None = None
+
+    @classmethod
+    def of_step(cls, parts: Iterable["Totals"], loss: float, seconds: dict[str, float]) -> "Totals":
+        """Those of one step, from its parts in each process."""
+        totals = cls()
+        for part in parts:
+            totals.add(part)
+        totals.steps, totals.empty_steps, totals.seconds = 1, int(totals.tokens_kept == 0), seconds
+        if totals.tokens_kept:
+            totals.loss_first = totals.loss_last = loss
+        return totals
 
     def add(self, step: "Totals") -> None:
         """Adds a step, or another part of the run."""

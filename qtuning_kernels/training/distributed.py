@@ -1,6 +1,7 @@
 """Kept samples dealt out again, so that the processes of a run have about as many tokens each."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ def balance_by_tokens(samples: Sequence[Sample], processes: int) -> list[list[Sa
     return shards
 
 
-def redistribute(kept: list[Sample]) -> list[Sample]:
-    """This process's share of the samples that all processes keep; only these travel, as token ids."""
-    everyone = [sample for part in gather(kept) for sample in part]
-    return balance_by_tokens(everyone, dist.get_world_size())[dist.get_rank()]
+def redistribute(kept: list[list[Sample]]) -> list[list[Sample]]:
+    """This process's share of the samples that all processes keep, pool by pool; only these travel, as token ids."""
+    shared = [list(chain(*parts)) for parts in zip(*gather(kept), strict=True)]
+    return [balance_by_tokens(pool, dist.get_world_size())[dist.get_rank()] for pool in shared]

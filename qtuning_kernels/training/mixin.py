@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,6 +98,7 @@ class QTuningMixin(Host):
         self._plan: StepPlan | None = None
         self._record: RunRecord | None = None
         self._window = Totals()  # since the last log
+        self._score_age = 0.0
         self._resume_from: str | None = None
         self.add_callback(_Accounts(self))
 
@@ -140,20 +142,14 @@ class QTuningMixin(Host):
             state = self.state
             self._plan = plan = planner.plan(list(pools), state.epoch or 0.0, state.global_step, state.max_steps)
             plan.clock.seconds["data"] = seconds
-            if plan.num_kept == 0:
-                warnings.warn(
-                    f"step {self.state.global_step + 1} trains on nothing: no sample of its pool is eligible "
-                    "(no trainable token, or a perplexity that is not finite)",
-                    stacklevel=2,
-                )
             if not planner.selects:
                 return batches, count
             triples = zip(plan.kept, pools, kinds, strict=True)
             batches = [_batch(kept, pool, kind, self.policy) for kept, pool, kind in triples]
             count = self._get_num_items_in_batch(batches, device)
             if self.policy.weighted:  # and the loss a mean over all tokens, pruned ones included
-                everywhere = self.args.average_tokens_across_devices
-                count = plan.totals.tokens_seen if everywhere else sum(len(s.labels) for pool in pools for s in pool)
+                seen = plan.totals.tokens_seen
+                count = sum(gather(seen)) if self.args.average_tokens_across_devices else seen
         if count is None:
             if any((batch["labels"][:, 1:] == -100).all() for batch in batches):
                 raise ValueError(
@@ -166,11 +162,15 @@ class QTuningMixin(Host):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         plan, planner = self._plan, self._planner
         if plan is None or planner is None:  # a step of the caller's own, outside of `train`
-            return super().training_step(model, inputs, *args, **kwargs)
+            return self._step(model, inputs, *args, **kwargs)
         with plan.clock.phase("train"), float32_matmul(planner.precision.matmul):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = self._step(model, inputs, *args, **kwargs)
         plan.loss = plan.loss + loss
         return loss
+
+    def _step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's step on a pool, timed as a whole."""
+        return super().training_step(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As the host's, which writes nothing of a sharded state and says nothing."""
@@ -251,22 +251,24 @@ class QTuningMixin(Host):
         plan, self._plan = self._plan, None
         if plan is None:
             return
-        if plan.num_kept:
-            plan.totals.loss_first = plan.totals.loss_last = sum(gather(float(plan.loss))) / self.args.world_size
-        plan.totals.seconds = plan.clock.seconds
+        own = sample_rows(plan) if self.qtuning.record else []
+        parts, losses, rows = zip(*gather((plan.totals, float(plan.loss), own)), strict=True)
+        plan.totals = Totals.of_step(parts, sum(losses) / len(losses), plan.clock.seconds)
         self.totals.add(plan.totals)
         self._window.add(plan.totals)
         self._score_age = plan.score_age
-        if not self.qtuning.record:
-            return
-        own = sample_rows(plan)
-        rows = [row for part in gather(own) for row in part]
+        step = self.state.global_step
+        if plan.totals.empty_steps:
+            warnings.warn(
+                f"step {step} trained on nothing: no sample of its pool is eligible "
+                "(no trainable token, or a perplexity that is not finite)",
+                stacklevel=2,
+            )
         if self._record is not None:
-            step = self.state.global_step
             chosen = self._record.choose_token_samples(step, [row["keep"] for row in own])
             self._record.write_step(
                 {"step": step, "epoch": self.state.epoch, "learning_rate": self._get_learning_rate()} | step_row(plan),
-                rows,
+                chain(*rows),
                 token_rows(plan, chosen, self.processing_class, self.qtuning),
             )
 

@@ -29,15 +29,13 @@ class StepPlan:
 
     Attributes:
         kept: what this process trains on, pool by pool: samples whose label positions are the tokens in the loss.
-        num_kept: tokens in the loss, over all pools and processes of the step.
         pools: the samples of this process, pool by pool.
         scores, selections: per pool; scores are empty where nothing was scored, selections where all is kept.
-        clock, totals: accounts of this step.
+        clock, totals: accounts of this step, and of this process until it ends.
         score_age: mean age of the scores, in epochs.
     """
 
     kept: list[list[Sample]]
-    num_kept: int
     pools: list[list[Sample]]
     scores: list[Scores]
     selections: list[Selection]
@@ -142,8 +140,8 @@ class StepPlanner:
             flat = [sample for pool in kept for sample in pool]
             totals = self._account(pools, selections, flat, self.scorer.tokens_scored - scored_before)
             if self.selects and self.world_size > 1 and self.config.selection_scope == "global":
-                kept = [redistribute(pool) for pool in kept]
-        return StepPlan(kept, totals.tokens_kept, pools, scores, selections, clock, totals, age)
+                kept = redistribute(kept)
+        return StepPlan(kept, pools, scores, selections, clock, totals, age)
 
     def _score(self, samples: Sequence[Sample]) -> Scores:
         return self.scorer.score(samples, self.device, self.autocast).cpu()
@@ -168,9 +166,9 @@ class StepPlanner:
         kept: list[Sample],
         positions_scored: int,
     ) -> Totals:
-        """The step's counts, over all processes."""
+        """The step's counts, of this process."""
         samples = [sample for pool in pools for sample in pool]
-        totals = Totals(steps=1, samples_seen=len(samples), tokens_scored=positions_scored)
+        totals = Totals(samples_seen=len(samples), tokens_scored=positions_scored)
         totals.tokens_seen = sum(len(s.label_positions) for s in samples)
         totals.samples_kept = len(kept)
         totals.tokens_kept = sum(len(s.label_positions) for s in kept)
@@ -190,11 +188,7 @@ class StepPlanner:
         totals.flops_spent = self.flops.train(trained, totals.tokens_kept)
         rows = totals.tokens_seen if positions_scored else 0
         totals.flops_spent += self.flops.forward(positions_scored, rows)
-        everywhere = Totals()
-        for part in gather(totals):
-            everywhere.add(part)
-        everywhere.steps, everywhere.empty_steps = 1, int(everywhere.tokens_kept == 0)
-        return everywhere
+        return totals
 
 
 def _split(scores: Scores, pools: list[list[Sample]]) -> list[Scores]:

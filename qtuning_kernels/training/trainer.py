@@ -153,12 +153,10 @@ class QTuningTrainer(QTuningMixin, Trainer):
         self.fused()
         return super().get_batch_samples(*args)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The host's step on each micro-batch of the kept samples; gradients are exchanged in the last."""
         if not self.fused():
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super()._step(model, inputs, num_items_in_batch)
         samples, _ = take_apart(inputs)
         batches = self._micro_batches(samples) or [nothing()]
         state = self.accelerator.gradient_state
@@ -167,9 +165,10 @@ class QTuningTrainer(QTuningMixin, Trainer):
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             state._set_sync_gradients(synchronises and last)  # DeepSpeed steps where this is set
-            deferred = nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
-            with deferred:
-                total += super().training_step(model, batch._asdict(), num_items_in_batch)
+            # a pool before the last is within such a context already, and FSDP2 would synchronise as this one ends
+            defers = synchronises and not last and not self.is_deepspeed_enabled
+            with self.accelerator.no_sync(model) if defers else nullcontext():
+                total += super()._step(model, batch._asdict(), num_items_in_batch)
         return total
 
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:

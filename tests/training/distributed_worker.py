@@ -4,16 +4,16 @@ import argparse
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
-import accelerate
 import datasets
 import torch
 import transformers
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 
 import qtuning_kernels as qk
+from tests.processes import deepspeed_uncompiled, shard_on_cpus
 from tests.tiny import tiny_model, tiny_samples
 
 parser = argparse.ArgumentParser()
@@ -30,25 +30,11 @@ parser.add_argument("--rescore-every", type=int, default=1)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("--policy", default="qtuning")
+parser.add_argument("--count", action="store_true", help="collectives between the ends of steps 2 and 3")
 options = parser.parse_args()
 torch.set_num_threads(1)
 world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-
-
-def shard_on_cpus() -> None:
-    """accelerate makes DDP of FSDP where there is no accelerator, and says nothing."""
-    made = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = accelerate.DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            PartialState._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
-
-    AcceleratorState.__init__ = init
 
 
 wrapping = {}
@@ -60,9 +46,7 @@ if options.wrapper == "fsdp2":
                         "cpu_ram_efficient_loading": False},
     }  # fmt: skip
 elif options.wrapper.startswith("zero"):
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None  # would be compiled
+    deepspeed_uncompiled()
     wrapping = {
         "optim": "adamw_torch",
         "deepspeed": {
@@ -81,6 +65,22 @@ class Kill(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2 and rank == options.kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Count(transformers.TrainerCallback):
+    """Every collective is an operator of the dispatcher's, also those that DDP's reducer starts."""
+
+    def __init__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.counts = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if options.count and state.global_step == 2:
+            self.profile.start()
+        elif options.count and state.global_step == 3:
+            self.profile.stop()
+            names = (event.name for event in self.profile.events())
+            self.counts.update(Counter(name for name in names if name.startswith("c10d::")))
 
 
 def build_model():
@@ -107,19 +107,22 @@ arguments = transformers.TrainingArguments(
     report_to=[],
     save_strategy="steps" if options.save_steps else "no",
     save_steps=options.save_steps or 500,
-    logging_steps=1,
+    logging_steps=1 if not options.count else 100,  # a log of Trainer's gathers the loss
     seed=7,
     use_cpu=True,
     disable_tqdm=True,
     ddp_timeout=60,
+    ddp_find_unused_parameters=False if options.count else None,  # DDP would reduce a list of them, too
     bf16=options.bf16,
     **wrapping,
 )
+count = Count()
 trainer = qk.QTuningTrainer(
     model,
     arguments,
     train_dataset=datasets.Dataset.from_list(tiny_samples(160, longest=16)),
     qtuning=qk.QTuningConfig(
+        policy=options.policy,
         sample_ratio=0.25,
         selection_scope=options.scope,
         score_dtype="model",
@@ -127,7 +130,7 @@ trainer = qk.QTuningTrainer(
         micro_batch_tokens=40,
         rescore_every=options.rescore_every,
     ),
-    callbacks=[Kill()],
+    callbacks=[Kill(), count],
 )
 
 tokens, exact = [], []
@@ -169,7 +172,7 @@ if rank == 0:
     save_file(weights, options.output / "w")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = {"tokens": everyone, "losses": losses, "summary": trainer.qtuning_summary(), "wrapped": wrapped,
-              "partitioned": partitioned, "fused": fused, "exact": exact}  # fmt: skip
+              "partitioned": partitioned, "fused": fused, "exact": exact, "collectives": count.counts}  # fmt: skip
     (options.output / "result.json").write_text(json.dumps(result))
 # everything is written; the interpreter's teardown beside gloo's threads aborts about once in ten runs
 if world > 1:

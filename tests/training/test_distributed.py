@@ -1,10 +1,6 @@
 """Data-parallel runs over gloo on this machine: the same step as one process with the same pool."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +9,13 @@ from safetensors.torch import load_file
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.distributed import balance_by_tokens
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, run_processes
 
 
 def launch(output, processes, *options, timeout=240):
     output.mkdir(exist_ok=True)
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(command if processes > 1 else []), str(ROOT / "tests/training/distributed_worker.py"),
-         str(output), *options],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        timeout=timeout, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    worker = ROOT / "tests/training/distributed_worker.py"
+    return run_processes(worker, output, *options, processes=processes, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +51,18 @@ def test_many_processes_take_the_step_of_one(alone, tmp_path, processes):
         assert ours[name] == theirs[name], name
 
 
+@pytest.mark.slow
+def test_many_processes_weigh_the_loss_as_one(tmp_path):
+    """A weighted loss is a mean over all tokens of the step, those of the other processes included."""
+    for folder, processes in (("alone", 1), ("many", 2)):
+        run = launch(tmp_path / folder, processes, "--pool", "16", "--policy", "eaft")
+        assert run.returncode == 0, run.stderr[-2000:]
+    expected, actual = (load_file(tmp_path / folder / "w") for folder in ("alone", "many"))
+    for name, weight in actual.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-9)
+    assert result(tmp_path / "many")["losses"] == pytest.approx(result(tmp_path / "alone")["losses"], rel=1e-4)
+
+
 def test_each_process_selects_from_its_own_pool(tmp_path):
     """selection_scope="rank": of each of two pools of eight, two are kept by each process."""
     output = tmp_path / "rank"
@@ -76,6 +78,27 @@ def test_a_process_with_nothing_left_takes_part(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert result(output)["summary"]["samples_kept"] == 5
     assert all(sorted(pair)[0] == 0 < sorted(pair)[1] for pair in zip(*result(output)["tokens"], strict=True))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_collectives_of_a_step(tmp_path, wrapper):
+    """Two pools a step, each in several micro-batches: gradients are reduced once. Under FSDP2 each pool's last
+    micro-batch reduced them, since the context that defers the ones before ends with reductions on."""
+    output = tmp_path / "counted"
+    run = launch(output, 2, "--pool", "16", "--accumulation", "2", "--count", "--wrapper", wrapper)
+    assert run.returncode == 0, run.stderr[-2000:]
+    counts = result(output)["collectives"]
+    objects = 4  # scores of either pool, all kept samples, the accounts; of two collectives each: sizes and bytes
+    hosts = 2  # numbers of labels, of the batches that came and of those they were cut to
+    if wrapper == "ddp":
+        assert counts.pop("c10d::allreduce_") == 1  # one bucket of gradients
+        assert counts.pop("c10d::broadcast_") == 1  # buffers, before the forward that synchronises
+    else:
+        assert counts.pop("c10d::_reduce_scatter_base_") == 3  # two layers, and what is around them
+        assert counts.pop("c10d::allreduce_") == 1  # the norm of the gradients
+        assert counts.pop("c10d::_allgather_base_") > 0  # parameters
+        objects += 3  # the number of scoring forwards, and of either pool's micro-batches
+    assert counts == {"c10d::allgather_": 2 * objects + hosts}
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
