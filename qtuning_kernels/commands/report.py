@@ -9,7 +9,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "report",
         help="draw a run, or the plane of a data set",
         description="Draw the record of a run, finished or not, or the Parquet file of qtuning score, as one "
-        "HTML page that needs no network, and as PNG and SVG files beside it.",
+        "HTML page that needs no network; its charts can be saved as SVG files.",
         epilog="example: qtuning report runs/mine",
     )
     parser.add_argument(

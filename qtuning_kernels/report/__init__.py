@@ -1,9 +1,9 @@
-"""The report of a run or of a scored data set: one page that works offline, and the pictures as files."""
+"""The report of a run or of a scored data set: one page that works offline."""
 
 import importlib
 from pathlib import Path
 
-_NEEDED = ("jinja2", "matplotlib", "plotly")
+_NEEDED = ("jinja2", "plotly")
 
 
 def build_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -12,7 +12,7 @@ def build_report(run: str | Path, output: str | Path | None = None) -> Path:
     Args:
         run: the output folder of a run, its record's folder, or a Parquet file of ``qtuning score``.
         output: the page to write; by default ``report.html`` in the run's folder, or beside the file under
-            its name. PNG and SVG files go to a folder beside it, ``<name>_figures``.
+            its name.
 
     Returns:
         The path of the page.

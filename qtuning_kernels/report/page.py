@@ -10,7 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from qtuning_kernels.files import refuse_overwrite, write_atomic
-from qtuning_kernels.report import figures, pictures, plane, summary, texts
+from qtuning_kernels.report import figures, plane, summary, texts
 from qtuning_kernels.report.plane_file import read_plane_file
 from qtuning_kernels.run_record.reader import Record, RecordError, read_record, record_folder
 from qtuning_kernels.run_record.schema import PHASES, QUADRANTS, STEP_COLUMNS
@@ -31,8 +31,7 @@ def write_page(run: Path, output: Path | None) -> Path:
         home = source.parent if source.name == "record" else source
         output = output or home / "report.html"
     refuse_overwrite(output, [source])
-    folder = output.with_name(f"{output.stem}_figures")
-    context = _plane_file_context(run, folder) if run.is_file() else _run_context(read_record(source), home, folder)
+    context = _plane_file_context(run) if run.is_file() else _run_context(read_record(source), home)
     with write_atomic(output) as temporary:
         temporary.write_text(_render(context), encoding="utf-8")
     return output
@@ -63,12 +62,10 @@ def _page_context(
     samples: pd.DataFrame,
     steps: pd.DataFrame,
     text_table: pd.DataFrame,
-    folder: Path,
     charts: dict[str, Any] | None = None,
-    files: list[Path] | None = None,
     policy: str = "qtuning",
 ) -> dict[str, Any]:
-    """What every page shows: the plane with the samples of its points, and further charts and their files."""
+    """What every page shows: the plane with the samples of its points, and further charts."""
     frame_list = plane.frames(samples, steps)
     ids = samples.id.drop_duplicates().tolist()
     numbered, second_axis = {each: i for i, each in enumerate(ids)}, _second_axis(policy)
@@ -91,7 +88,6 @@ def _page_context(
         "themes": figures.THEMES,
         "figures": figures.as_json(charts),
     }
-    files = (files or []) + (pictures.plane_picture(frame_list[0], folder, second_axis) if placed else [])
     return {
         "policy": policy,
         "has_quadrants": policy.startswith("qtuning") or plane.has_quadrants(samples),
@@ -100,12 +96,11 @@ def _page_context(
         "heights": _heights(charts),
         "has_texts": len(text_table) > 0,
         "excerpt_limit": excerpts["limit"],
-        "pictures": sorted(f"{folder.name}/{path.name}" for path in files),
         "data": _script_json(data),
     }
 
 
-def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
+def _run_context(record: Record, home: Path) -> dict[str, Any]:
     history = summary.sample_history(record.samples)
     numbers = summary.run_numbers(record, history)
     curves = summary.over_time(record)
@@ -122,11 +117,10 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
             charts["loss"] = figures.loss_figure(curves)
         if numbers["seconds_total"].value is not None:
             charts["time"] = figures.time_figure(curves)
-    files = pictures.curve_pictures(curves, folder, quadrants, _second_axis(policy)) if len(curves) else []
     if numbers["share_flops_saved"].value is not None:
         charts["flops"] = figures.flops_figure(numbers)
     token_list, token_rest = texts.token_samples(record)
-    return _page_context(record.samples, record.steps, record.texts, folder, charts, files, policy) | {
+    return _page_context(record.samples, record.steps, record.texts, charts, policy) | {
         "title": f"Q-Tuning run {home.resolve().name}",
         "kind": "run",
         "run": record.run,
@@ -141,10 +135,10 @@ def _run_context(record: Record, home: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _plane_file_context(path: Path, folder: Path) -> dict[str, Any]:
+def _plane_file_context(path: Path) -> dict[str, Any]:
     samples, text_table = read_plane_file(path)
     steps = pd.DataFrame(columns=list(STEP_COLUMNS))
-    return _page_context(samples, steps, text_table, folder) | {
+    return _page_context(samples, steps, text_table) | {
         "title": f"Error–uncertainty plane of {path.name}",
         "kind": "plane",
         "notices": [] if len(samples) else [f"{path.name} holds no sample."],

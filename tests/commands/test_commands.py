@@ -66,7 +66,7 @@ def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, c
 
 def test_train_can_end_with_its_report(options, tmp_path, capsys):
     """The report holds the texts, and the command that was run."""
-    pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+    pytest.importorskip("plotly", reason="needs the report extra: plotly, jinja2")
     output = tmp_path / "run"
     assert cli.main(["train", *options, "--output", str(output), "--batch-size", "8", "--report"]) == 0
     assert f"report in {output / 'report.html'}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from tests.synthetic_run import synthetic_run
 
 from .report_expected import rows
 
-pytest.importorskip("plotly", reason="needs the report extra: plotly, matplotlib, jinja2")
+pytest.importorskip("plotly", reason="needs the report extra: plotly, jinja2")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

@@ -8,6 +8,7 @@
     displaylogo: false,
     displayModeBar: narrow.matches ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d"],
+    toImageButtonOptions: { format: "svg" },
     plotGlPixelRatio: Math.min(2, window.devicePixelRatio || 1),
     // newer versions of Plotly offer to send the data to its makers' server
     showSendToCloud: false,
