@@ -13,10 +13,11 @@ from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.models.scoring import Scorer, score_samples
 from qtuning_kernels.pruning.policies import POLICIES, Decision, Policy, PoolStats, make_policy
+from qtuning_kernels.training.reference import ReferenceScores
 from qtuning_kernels.training.score_cache import ScoreCache
 from tests.tiny import PRUNING, tiny_model, tiny_samples
 from tests.training.steps import assert_same_gradients, gradients
-from tests.training.test_hosts import FIXED, HostTrainer, make_plain, make_sft
+from tests.training.test_hosts import FIXED, HostTrainer, make_plain, make_sft, sum_over_step
 from tests.training.test_trainer import assert_same_weights, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,20 +92,25 @@ def test_every_host_trains_on_the_same_tokens(tmp_path, monkeypatch, policy):
     assert_same_gradients(ours, hosts)
 
 
-def test_trl_trains_on_the_tokens_of_our_trainer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("policy", [name for name, each in POLICIES.items() if not each.weighted])
+def test_trl_trains_on_the_tokens_of_our_trainer(tmp_path, monkeypatch, policy):
+    """The same weights and gradients in float64, which a loss of TRL's own would not be computed in."""
     pytest.importorskip("trl")
-    config = {"record": False, **PRUNING, **FIXED}
-    for policy in ("longest", "entropy", "qtuning"):
-        sft = make_sft(
-            tmp_path, "prompt and completion", tiny_model().double(), qk.QTuningConfig(policy=policy, **config)
-        )
-        batch = next(iter(sft.get_train_dataloader()))
-        ours = make_plain(tmp_path, tiny_model().double(), qk.QTuningConfig(policy=policy, **config))
-        fused = qk.QTuningTrainer(ours.model, ours.args, qtuning=ours.qtuning)
-        _, theirs, plan = gradients(sft, [batch])
-        _, mine, own = gradients(fused, [batch])
-        assert torch.equal(plan.selections[0].token_weight, own.selections[0].token_weight)
-        assert_same_gradients(mine, theirs, 2e-5)  # TRL's own loss is computed in float32
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(ReferenceScores, "__init__", lambda *_: None)
+    monkeypatch.setattr(ReferenceScores, "nll", lambda _, samples: torch.cat([s.labels % 7 + 2.5 for s in samples]))
+    options = OPTIONS.get(policy, {})
+    config = qk.QTuningConfig(policy=policy, policy_options=options, record=False, **PRUNING, **FIXED)
+    sft = make_sft(tmp_path, "prompt and completion", tiny_model().double(), config)
+    sft.compute_loss_func = sum_over_step
+    batch = next(iter(sft.get_train_dataloader()))
+    host = make_plain(tmp_path, tiny_model().double(), config)
+    _, theirs, plan = gradients(sft, [batch])
+    _, mine, own = gradients(qk.QTuningTrainer(host.model, host.args, qtuning=config), [batch])
+    for selection, other in zip(plan.selections, own.selections, strict=True):
+        assert torch.equal(selection.token_weight, other.token_weight)
+    assert plan.totals.tokens_kept == own.totals.tokens_kept > 0
+    assert_same_gradients(mine, theirs)
 
 
 def plain_weighted_gradient(model, samples, weight_of):
