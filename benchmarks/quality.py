@@ -73,7 +73,8 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
 
 def base_setting(options: argparse.Namespace, inputs: Inputs) -> Setting:
     data = grids.GENERATED if inputs.data is None else Path(inputs.data).parent.name + "/" + Path(inputs.data).stem
-    return Setting(data, "clean", "full", 1.0, 1.0, 0, 0.0, 60, records=inputs.records, held_out=inputs.held_out)
+    steps = grids.FULL.steps if inputs.data is None else grids.FULL_OF_FILE.steps
+    return Setting(data, "clean", "full", 1.0, 1.0, 0, 0.0, steps, records=inputs.records, held_out=inputs.held_out)
 
 
 def append(path: Path, setting: Setting, points: list[dict]) -> None:
@@ -84,6 +85,7 @@ def append(path: Path, setting: Setting, points: list[dict]) -> None:
         {"run": setting.run, "step": row["step"], **{name: packed(row.pop(name)) for name in SAMPLE_COLUMNS}}
         for row in rows
     ]
+    rows = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
     for file, added in ((samples, lists), (path, rows)):  # a run counts as finished by its rows in the second
         file.parent.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
@@ -147,6 +149,7 @@ class Runner:
     def _work(self, queue: list[Setting]) -> None:
         while (setting := self._next(queue)) is not None:
             print(f"begin  {setting}", flush=True)
+            began = self.clock()
             try:
                 points = self.make(setting, None if isinf(self.deadline) else self.deadline - self.clock())
             except subprocess.TimeoutExpired:
@@ -157,10 +160,10 @@ class Runner:
                 print(f"failed {error}", file=sys.stderr, flush=True)
                 self.failed.append(setting)
                 continue
+            minutes = (self.clock() - began) / 60
             with self._lock:
-                append(self.output, setting, points)
-            last = points[-1]
-            print(f"end    {setting}: nll {last['nll']:.4f}, {last['run_minutes']:.1f} minutes", flush=True)
+                append(self.output, setting, [point | {"run_minutes": minutes} for point in points])
+            print(f"end    {setting}: nll {points[-1]['nll']:.4f}, {minutes:.1f} minutes", flush=True)
 
     def _next(self, queue: list[Setting]) -> Setting | None:
         """The next run that ends in time; those before it that do not are left out."""

@@ -94,11 +94,13 @@ PRUNING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL, LONGEST, ENTROPY)
 
 
 class Stage(NamedTuple):
-    """Runs of equal value: every variant × condition × seed, at that share of the samples or the variant's own."""
+    """Runs of equal value: every variant × condition × seed, at that share of the samples or the variant's own, and at
+    the rate that was chosen or at the others."""
 
     variants: tuple[Variant, ...]
     conditions: tuple[str, ...]
     sample_ratio: float | None = None
+    other_rates: bool = False
 
 
 TELLING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL)
@@ -107,13 +109,20 @@ GENERATED_STAGES = (
     Stage(PRUNING, ("clean", "exchanged40", "duplicates50")),
     Stage((FULL,), ("clean", "exchanged40", "duplicates50")),
     Stage(TELLING, ("trivial50", "mixed")),
+    Stage((RANDOM, QTUNING, QTUNING_SAMPLES), ("clean",), other_rates=True),
     Stage((INFOBATCH, DFT, EAFT), ("clean", "exchanged40", "duplicates50")),
     Stage(TELLING, ("clean", "exchanged40"), 0.5),
     Stage(TELLING, ("exchanged20",)),
 )
-FILE_STAGES = (Stage(TELLING, ("clean", "exchanged40")), Stage((FULL, LONGEST), ("clean", "exchanged40")))
+# samples of a natural data set are some five times as long
+FULL_OF_FILE = FULL._replace(steps=30)
+FILE_STAGES = (
+    Stage(TELLING, ("clean", "exchanged40")),
+    Stage((FULL_OF_FILE,), ("clean", "exchanged40")),
+    Stage((LONGEST, ENTROPY), ("clean", "exchanged40")),
+)
 _QUICK = (Variant("random", steps=30), QTUNING._replace(steps=30), FULL._replace(steps=15))
-QUICK_STAGES = (Stage(_QUICK, ("clean",)),)
+QUICK_STAGES = (Stage(_QUICK, ("exchanged40",)),)
 
 
 def rate_runs(base: Setting) -> list[Setting]:
@@ -134,8 +143,12 @@ def grid(base: Setting, stages: Iterable[Stage], seeds: Iterable[int] = SEEDS) -
             options=variant.options,
             steps=min(variant.steps, base.steps) if stage.sample_ratio else variant.steps,
             seed=seed,
+            learning_rate=rate,
         )
         for stage in stages
+        for rate in (
+            [rate for rate in RATES if rate != base.learning_rate] if stage.other_rates else [base.learning_rate]
+        )
         for seed in seeds
         for condition in stage.conditions
         for variant in stage.variants

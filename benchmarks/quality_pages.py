@@ -1,5 +1,6 @@
 """The tables and pictures of docs/quality.md, from the two CSV files alone."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import numpy as np
 
 from benchmarks.common import RESULTS, ROOT, fill, markdown, read_rows
 from benchmarks.quality_data import CONDITIONS, KINDS
-from benchmarks.quality_grid import RATES
 from benchmarks.quality_statistics import Curve, Difference, at_equal_steps, at_equal_time, curves
 
 BASELINE = "random"
+SMALLEST = 0.125
+STEPS = 60  # after which the tables of measures take their numbers, or at the end of a shorter run
 WHOLE = "qtuning, whole samples"
 # the questions of docs/quality.md, first against second
 QUESTIONS = (
@@ -37,7 +39,7 @@ def label(curve: Curve) -> str:
 
 def budget(curve: Curve) -> float:
     """The share of the samples, under which a policy stands; full data and what weighs it belong to the smallest."""
-    return curve.setting.sample_ratio if curve.setting.sample_ratio < 1 else 0.125
+    return curve.setting.sample_ratio if curve.setting.sample_ratio < 1 else SMALLEST
 
 
 def shown(difference: Difference | None, digits: int = 3) -> str:
@@ -95,13 +97,18 @@ def at_chosen_rate(found: list[Curve]) -> list[Curve]:
 
 
 def rate_table(found: list[Curve]) -> str:
+    """What has been trained at each rate, on clean data at the smallest budget."""
+    groups: dict[tuple[str, str, float], list[Curve]] = {}
+    for curve in found:
+        if curve.setting.condition == "clean" and budget(curve) == SMALLEST:
+            groups.setdefault((curve.setting.data, label(curve), curve.setting.learning_rate), []).append(curve)
+    tried = Counter(key[:2] for key in groups)
     rows = [
-        [c.setting.data, f"{c.setting.learning_rate:g}", *(f"{x:.4f}" for x in c.mean_nll()[[0, -1]])]
-        for c in sorted(found, key=lambda c: (c.setting.data, c.setting.learning_rate))
-        if c.setting.policy == "full" and c.setting.condition == "clean" and c.setting.seed == 0
-        and c.setting.learning_rate in RATES
-    ]  # fmt: skip
-    return markdown(["data", "learning rate", "nll before", "nll after"], rows)
+        [data, name, f"{rate:g}", len(group), mean_of(group, "nll", 3, STEPS), mean_of(group, "accuracy", 2, STEPS)]
+        for (data, name, rate), group in sorted(groups.items())
+        if tried[data, name] > 1
+    ]
+    return markdown(["data", "policy", "learning rate", "seeds", "nll", "exact match"], rows)
 
 
 def answer_table(groups: Groups) -> str:
@@ -120,12 +127,12 @@ def answer_table(groups: Groups) -> str:
 
 
 def measure_table(groups: Groups) -> str:
-    """What each policy came to after as many steps as all of its group made, the mean over its seeds."""
+    """What each policy came to after `STEPS` steps, the mean over its seeds."""
     columns = {"nll": 3, "nll_result": 3, "accuracy": 2, "nll_other": 3, "cpu_seconds": 0, "tokens_kept": 0}
     rows = []
     for (data, ratio, condition), policies in groups.items():
-        step = min(curve.steps[-1] for group in policies.values() for curve in group)
         for name, group in policies.items():
+            step = min(STEPS, *(curve.steps[-1] for curve in group))
             numbers = [mean_of(group, column, digits, step) for column, digits in {**columns, "peak_mib": 0}.items()]
             rows.append([data, f"{ratio:.1%}", condition, name, len(group), int(step), *numbers])
     head = ["data", "samples", "condition", "policy", "seeds", "steps", "nll", "nll of the result", "exact match"]
@@ -239,7 +246,8 @@ def draw(path: Path) -> None:
         "Measures": measure_table(groups),
         "Planted flaws": planted_table(groups),
     }
-    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    filled = {title: part for title, part in parts.items() if part.count("\n") > 1 or part.startswith("!")}
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in filled.items())
     if path == RESULTS / "quality.csv":
         fill(PAGE, {"results": text})
     else:

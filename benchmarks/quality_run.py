@@ -93,7 +93,6 @@ def run(setting: Setting, inputs: Inputs) -> list[dict[str, Any]]:
     from qtuning_kernels import QTuningTrainer
     from qtuning_kernels.run_record.reader import read_lines
 
-    started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     tokenizer.chat_template = CHAT_TEMPLATE
     sizes = inputs.records, inputs.held_out, setting.seed
@@ -144,8 +143,7 @@ def run(setting: Setting, inputs: Inputs) -> list[dict[str, Any]]:
     else:
         points.append({"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_mib": peak_mib()} | evaluation(model))
     planted = [record["planted"] for record in train]
-    whole = {"run_minutes": (time.perf_counter() - started) / 60, "precision": precision}
-    return [point | counts_until(rows, planted, point["step"]) | whole for point in points]
+    return [point | counts_until(rows, planted, point["step"]) | {"precision": precision} for point in points]
 
 
 def main() -> None:

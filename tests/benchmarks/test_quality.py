@@ -157,7 +157,7 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
         made.append(setting)
         now[0] += 120
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True, False]}
-        return [{"step": 4, "nll": 1.0, "machine": quality.machine_name(), "run_minutes": 2.0, **lists}]
+        return [{"step": 4, "nll": 1.0, "machine": quality.machine_name(), **lists}]
 
     settings = [replace(BASE, seed=seed) for seed in range(4)]
     runner = quality.Runner(tmp_path / "quality.csv", 1, 300.0, make, clock=lambda: now[0])
@@ -168,6 +168,7 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
     again(settings)
     assert made == settings
     assert [row["seed"] for row in read_rows(tmp_path / "quality.csv")] == ["0", "1", "2", "3"]
+    assert {row["run_minutes"] for row in read_rows(tmp_path / "quality.csv")} == {"2"}
     assert read_rows(tmp_path / "quality_samples.csv")[0]["sample_correct"] == "10"
 
 
@@ -189,7 +190,7 @@ def test_a_failed_run_leaves_no_row_and_the_others_go_on(tmp_path):
         if setting.seed == 0:
             raise RuntimeError("it is broken")
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": []}
-        return [{"step": 4, "nll": 1.0, "machine": "here", "run_minutes": 2.0, **lists}]
+        return [{"step": 4, "nll": 1.0, "machine": "here", **lists}]
 
     runner = quality.Runner(tmp_path / "quality.csv", 2, 1e9, make)
     runner([replace(BASE, seed=seed) for seed in range(3)])
