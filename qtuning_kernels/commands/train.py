@@ -97,11 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
             inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
         if arguments.resume:
             log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
+        trainer = _trainer(training, inputs, qtuning, load_reference(arguments))
         if first:
             _write_json(output / OPTIONS_FILE, _options(arguments))
         if first and qtuning.record:
             write_texts(output / "record", inputs.texts(), limit=inputs.text_limit())
-        return inputs, _trainer(training, inputs, qtuning, load_reference(arguments))
+        return inputs, trainer
 
     # the first process looks at the folder, and names it: by the time, each would name its own
     output, checkpoint = gather(agreed(verdict if first else lambda: None))[0]

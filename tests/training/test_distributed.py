@@ -55,7 +55,7 @@ def test_many_processes_take_the_step_of_one(alone, tmp_path, processes):
 def test_many_processes_weigh_the_loss_as_one(tmp_path):
     """A weighted loss is a mean over all tokens of the step, those of the other processes included."""
     for folder, processes in (("alone", 1), ("many", 2)):
-        run = launch(tmp_path / folder, processes, "--pool", "16", "--policy", "eaft")
+        run = launch(tmp_path / folder, processes, "--pool", "16", "--policy", "infobatch")
         assert run.returncode == 0, run.stderr[-2000:]
     expected, actual = (load_file(tmp_path / folder / "w") for folder in ("alone", "many"))
     for name, weight in actual.items():

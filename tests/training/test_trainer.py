@@ -239,12 +239,6 @@ def test_pool_of_one_is_refused(tmp_path):
         trainer(tmp_path, per_device_train_batch_size=1, config=PRUNING)
 
 
-def test_fsdp_that_would_shard_nothing_is_refused(tmp_path):
-    """accelerate makes a plain run of it, and says nothing."""
-    with pytest.raises(ValueError, match="fsdp is set, and accelerate shards nothing in one process or on CPUs"):
-        trainer(tmp_path, fsdp="full_shard", fsdp_config={"fsdp_version": 2})
-
-
 def test_label_smoothing_stays_the_host_s(tmp_path):
     """A replaced loss would drop it: with both ratios 1 the run equals a plain Trainer's, smoothing included."""
     settings = {"label_smoothing_factor": 0.1, "max_steps": 3}
