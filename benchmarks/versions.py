@@ -13,7 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = ("forward", "forward_backward", "backward rho=1", "backward rho=0.125", "linear_stats", "linear_loss")
+CASES = (
+    *("forward", "forward_backward", "backward rho=1", "backward rho=0.125", "forward softcap"),
+    *("forward_backward softcap", "linear_stats", "linear_loss"),
+)
 # runs in both checkouts, so that it uses only what both have: the public functions
 WORKER = """
 import json, sys, time, contextlib
@@ -36,14 +39,15 @@ def prepare(name, n, dtype):
         hidden.requires_grad_(), weight.requires_grad_()
         return lambda: torch.autograd.grad(qk.linear_cross_entropy(hidden, weight, labels), (hidden, weight))
     logits = torch.randn(n, v, dtype=dtype)
-    if name == "forward":
-        return lambda: qk.token_stats(logits, labels)
+    softcap = 30.0 if name.endswith("softcap") else None
+    if name.split()[0] == "forward":
+        return lambda: qk.token_stats(logits, labels, softcap=softcap)
     upstream = torch.ones(n)
     if "rho" in name:
         upstream[torch.randperm(n)[round(float(name.split("=")[1]) * n):]] = 0
     def both():
         x = logits.detach().requires_grad_()
-        stats = qk.token_stats(x, labels, inplace_backward=True)
+        stats = qk.token_stats(x, labels, softcap=softcap, inplace_backward=True)
         start = time.perf_counter()
         if "rho" in name:
             torch.autograd.grad(stats.nll, x, upstream)
