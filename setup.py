@@ -85,7 +85,7 @@ def cuda_extension():
         "qtuning_kernels._cuda",
         ["csrc/cuda_binding.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
         extra_compile_args={"cxx": ["-O2", "-g0"], "nvcc": ["-O3"]},
-        depends=sorted(str(path) for folder in ("csrc/core", "csrc/cuda") for path in Path(folder).glob("*.*h")),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
     )
 
 

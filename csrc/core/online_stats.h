@@ -23,8 +23,8 @@ QT_FUNCTION R no_bits() {
 
 template <typename R>
 struct OnlineStats {
-  R row_max;          // r, in bits
-  R sum_exp;          // S
+  R row_max;  // r, in bits
+  R sum_exp;  // S
   R sum_shifted_exp;  // T
 };
 
@@ -100,9 +100,9 @@ struct RowGradient {
   R row_max;
   R log_sum;
   R entropy;
-  R grad_p;        // g_nll + g_lse
+  R grad_p;  // g_nll + g_lse
   R grad_entropy;  // g_entropy
-  R grad_nll;      // g_nll, subtracted at the label
+  R grad_nll;  // g_nll, subtracted at the label
 };
 
 // What the gradient of one element takes: p·(a + b·t) for t = z·log2 e - reference and p = 2^t, which is
@@ -149,7 +149,8 @@ template <typename R>
 struct SoftcapRatio {
   explicit SoftcapRatio(const Scaling<double>& scaling) {
     const double exact = scaling.softcap != 0 ? scaling.logit_scale / scaling.softcap : 1;
-    // towards 0, so that the rest has the same sign and is not 0: an infinite x then has both products infinite, not NaN
+    // towards 0, so that the rest has the same sign and is not 0: an infinite x then has both products infinite, not
+    // NaN
     inner = nextafter(R(exact), R(0));
     rest = R(exact - double(inner));
   }

@@ -20,10 +20,9 @@ struct Kernels {
   // what `factor_of(scaling)` multiplies to z, of one element
   double (*scaled_value)(DType, const void* x, const Scaling<double>&);
   // the gradient of n logits, without the label's term; `out` may be `x`
-  void (*gradient)(DType, const void* x, void* out, int64_t n, const Scaling<double>&,
-                   const RowGradient<double>&);
+  void (*gradient)(DType, const void* x, void* out, int64_t n, const Scaling<double>&, const RowGradient<double>&);
   void (*fill)(DType, void* out, int64_t n, double value);
-  void (*exp2)(const float* x, float* out, int64_t n);  // for tests
+  void (*exp2)(const float* x, float* out, int64_t n);  // of x in [-126, 128), for tests
 };
 
 // The table of the best instruction set that this processor has; QTUNING_CPU_ISA forces one by name.

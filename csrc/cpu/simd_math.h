@@ -8,7 +8,8 @@ namespace qt {
 constexpr float kLeastBits = -126.0f;  // 2^t is subnormal below, and taken to be 0
 
 // 2^t for t in [-126, 128), within 1 ULP (1.2 ULP without FMA). t = n + f exactly, with an integer n and |f| <= 1/2; a
-// polynomial of degree 6, whose coefficients minimise the largest relative error there, 2e-9; 2^n is added to the exponent.
+// polynomial of degree 6, whose coefficients minimise the largest relative error there, 2e-9; 2^n is added to the
+// exponent.
 QT_FUNCTION float exp2_in_range(float t) {
   const float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer in the low mantissa bits
   const float shifted = t + magic;
@@ -23,20 +24,10 @@ QT_FUNCTION float exp2_in_range(float t) {
   return bit_cast<float>(bit_cast<uint32_t>(power) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
-// 2^t over the whole range of float; subnormal results are 0, NaN stays NaN.
-QT_FUNCTION float vector_exp2(float t) {
-  const float most = 127.99999f;
-  float clamped = t < kLeastBits ? kLeastBits : t;
-  clamped = clamped > most ? most : clamped;
-  float result = t < kLeastBits ? 0.0f : exp2_in_range(clamped);
-  result = t > most ? INFINITY : result;
-  return t == t ? result : t;
-}
-
 // tanh x within 1 ULP: a softcap multiplies its error, so that one of 2 ULP shows beside PyTorch's.
 //
-// Near 0, where 1 - e would cancel for e = e^(-2|x|), an odd polynomial; else 1 - 2e/(1 + e). There the rounding errors of
-// e, of 1 + e and of the last difference are known, and their effect is added at the end.
+// Near 0, where 1 - e would cancel for e = e^(-2|x|), an odd polynomial; else 1 - 2e/(1 + e). There the rounding errors
+// of e, of 1 + e and of the last difference are known, and their effect is added at the end.
 QT_FUNCTION float vector_tanh(float x) {
   const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
   const float square = x * x;

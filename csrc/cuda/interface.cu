@@ -1,9 +1,9 @@
-#include "interface.cuh"
-
 #include <stdarg.h>
 #include <stdio.h>
 
 #include <algorithm>
+
+#include "interface.cuh"
 
 namespace qt {
 namespace {
@@ -27,78 +27,40 @@ int cuda_status(cudaError_t error, const char* what) {
   return fail(QT_CUDA_ERROR, "%s: CUDA says: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-int check_pointer(const void* pointer, const char* name, uintptr_t alignment) {
-  if (!pointer) return fail(QT_NULL_POINTER, "%s is NULL; accepted: a device pointer", name);
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment)
-    return fail(QT_BAD_ALIGNMENT, "%s is at %p; accepted: a multiple of %d bytes", name, pointer, int(alignment));
-  return QT_OK;
-}
-
-int check_size(int64_t value, const char* name, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    return fail(QT_BAD_SIZE, "%s is %lld; accepted: %lld to %lld", name, (long long)value, (long long)least,
-                (long long)most);
-  return QT_OK;
-}
-
 int item_bytes(int32_t dtype) {
   switch (dtype) {
     case QT_FLOAT32:
       return 4;
     case QT_FLOAT64:
       return 8;
-    case QT_BFLOAT16:
-    case QT_FLOAT16:
-      return 2;
     default:
-      return 0;
+      return 2;
   }
 }
 
-int check_logits(const qt_logits* logits, const char* name) {
-  if (!logits) return fail(QT_NULL_POINTER, "%s is NULL; accepted: a qt_logits", name);
-  if (!item_bytes(logits->dtype))
-    return fail(QT_BAD_DTYPE, "%s.dtype is %d; accepted: 0 (float32), 1 (float64), 2 (bfloat16), 3 (float16)", name,
-                int(logits->dtype));
-  const int64_t most = INT32_MAX;
-  QT_RETURN_IF_FAILED(check_size(logits->size_a, "size_a", 0, most));
-  QT_RETURN_IF_FAILED(check_size(logits->size_c, "size_c", 0, most));
-  QT_RETURN_IF_FAILED(check_size(rows_of(*logits), "size_a * size_c", 0, most));
+int check_logits(const qt_logits& logits, const char* name) {
+  const int64_t bytes = item_bytes(logits.dtype), most = INT32_MAX;
   // a thread's offset within its row has 32 bits, and room for the trip beyond the end
-  const int64_t longest = std::min(most, int64_t(UINT32_MAX) / item_bytes(logits->dtype)) - 2 * int64_t(kTrip);
-  QT_RETURN_IF_FAILED(check_size(logits->vocabulary, "vocabulary", 1, longest));
-  if (logits->stride_a < 0 || logits->stride_c < 0)
-    return fail(QT_BAD_STRIDE, "%s has strides %lld, %lld; accepted: 0 or more elements", name,
-                (long long)logits->stride_a, (long long)logits->stride_c);
-  if (rows_of(*logits)) QT_RETURN_IF_FAILED(check_pointer(logits->data, name, uintptr_t(item_bytes(logits->dtype))));
+  const int64_t longest = std::min(most, int64_t(UINT32_MAX) / bytes) - 2 * int64_t(kTrip);
+  if (logits.size_a > most || logits.size_c > most || rows_of(logits) > most || logits.vocabulary > longest)
+    return fail(QT_BAD_ARGUMENT, "%s has shape [%lld, %lld, %lld]; accepted: at most %lld rows of at most %lld", name,
+                (long long)logits.size_a, (long long)logits.size_c, (long long)logits.vocabulary, (long long)most,
+                (long long)longest);
+  if (reinterpret_cast<uintptr_t>(logits.data) % bytes)
+    return fail(QT_BAD_ARGUMENT, "%s is at %p; accepted: a multiple of %d bytes", name, logits.data, int(bytes));
   return QT_OK;
 }
 
-int check_labels(const qt_labels* labels) {
-  if (!labels) return fail(QT_NULL_POINTER, "labels is NULL; accepted: a qt_labels");
-  if (labels->bytes != 4 && labels->bytes != 8)
-    return fail(QT_BAD_DTYPE, "labels.bytes is %d; accepted: 4 (int32), 8 (int64)", int(labels->bytes));
-  return QT_OK;
-}
-
-int check_scaling(qt_scaling scaling) {
-  if (!(scaling.softcap >= 0))
-    return fail(QT_BAD_VALUE, "softcap is %g; accepted: 0 (none) or a positive number", scaling.softcap);
-  if (!isfinite(scaling.logit_scale))
-    return fail(QT_BAD_VALUE, "logit_scale is %g; accepted: a finite number", scaling.logit_scale);
-  return QT_OK;
-}
-
-int blocks_per_row(const qt_logits& logits, int multiprocessors) {
+int blocks_per_row(const qt_logits& logits, qt_target target, int* blocks) {
+  int multiprocessors = 0;
+  QT_RETURN_IF_FAILED(
+      cuda_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, target.device),
+                  "reading the number of multiprocessors"));
   const int64_t wave = int64_t(multiprocessors) * kBlocksPerMultiprocessor;
   const int64_t to_fill = wave / std::max<int64_t>(1, rows_of(logits));
   const int64_t worthwhile = logits.vocabulary * item_bytes(logits.dtype) / kLeastSplitBytes;
-  return int(std::max<int64_t>(1, std::min<int64_t>({to_fill, worthwhile, kMostSplits})));
-}
-
-int multiprocessors_of(int device, int* count) {
-  return cuda_status(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device),
-                     "reading the number of multiprocessors");
+  *blocks = int(std::max<int64_t>(1, std::min<int64_t>({to_fill, worthwhile, kMostSplits})));
+  return QT_OK;
 }
 
 Rows rows(const qt_logits& logits) {
@@ -110,8 +72,7 @@ Labels view(const qt_labels& labels) { return {labels.data, labels.ignore_index,
 
 OnDevice::OnDevice(int device) {
   status_ = cuda_status(cudaGetDevice(&before_), "asking for the current device");
-  if (status_ == QT_OK && before_ != device)
-    status_ = cuda_status(cudaSetDevice(device), "selecting the device");
+  if (status_ == QT_OK && before_ != device) status_ = cuda_status(cudaSetDevice(device), "selecting the device");
 }
 
 OnDevice::~OnDevice() {

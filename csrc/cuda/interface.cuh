@@ -1,4 +1,4 @@
-// What the entry points share: status and message, argument checks that need no driver, and launches.
+// What the entry points share: status and message, the limits of sizes, and launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,25 +11,20 @@ namespace qt {
 int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 int cuda_status(cudaError_t error, const char* what);
 
-#define QT_RETURN_IF_FAILED(expression)          \
-  do {                                           \
-    const int qt_status_ = (expression);         \
-    if (qt_status_ != QT_OK) return qt_status_;  \
+#define QT_RETURN_IF_FAILED(expression)         \
+  do {                                          \
+    const int qt_status_ = (expression);        \
+    if (qt_status_ != QT_OK) return qt_status_; \
   } while (0)
 
-int check_pointer(const void* pointer, const char* name, uintptr_t alignment);
-int check_size(int64_t value, const char* name, int64_t least, int64_t most);
-int check_logits(const qt_logits* logits, const char* name);
-int check_labels(const qt_labels* labels);
-int check_scaling(qt_scaling scaling);
-int item_bytes(int32_t dtype);                          // of a qt_dtype that was checked
+int check_logits(const qt_logits& logits, const char* name);
+int item_bytes(int32_t dtype);
 inline int stats_bytes(int32_t dtype) { return dtype == QT_FLOAT64 ? 8 : 4; }
 inline int64_t rows_of(const qt_logits& logits) { return logits.size_a * logits.size_c; }
 
 // Blocks per row, "fill one wave": as many as bring the grid to one full wave of resident blocks, while each still
 // reads 32 KiB (four trips of its loop); at most 32, which one warp combines. 1 where there are rows enough.
-int blocks_per_row(const qt_logits& logits, int multiprocessors);
-int multiprocessors_of(int device, int* count);
+int blocks_per_row(const qt_logits& logits, qt_target target, int* blocks);
 
 Rows rows(const qt_logits& logits);
 Labels view(const qt_labels& labels);

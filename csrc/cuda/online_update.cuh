@@ -6,7 +6,8 @@
 namespace qt {
 
 // Adds 2N values whose maximum is `top`. One exponential per value, and one for all that was added before. BOUNDED: no
-// value is -inf, so that t·2^t needs no care. A NaN becomes the reference, and a +inf does; the sums are NaN with either.
+// value is -inf, so that t·2^t needs no care. A NaN becomes the reference, and a +inf does; the sums are NaN with
+// either.
 template <int N, bool BOUNDED, typename F>
 QT_FUNCTION void update_pairs(OnlineStats<float>& row, float top, float unit, F value) {
   const float r = max_nan(row.row_max, top * unit);

@@ -1,8 +1,9 @@
 /* The CUDA kernels behind a plain C interface: no torch, no C++ in the signatures.
  *
- * Every function checks its arguments before it calls CUDA, enqueues work on the stream, and returns without waiting.
- * It returns QT_OK or an error code; qt_cuda_error_message() then says which argument, what came and what is accepted.
- * Pointers are device pointers unless stated otherwise. Shapes and meaning are those of qtuning_kernels/kernels/contract.py.
+ * Every function enqueues work on the stream and returns without waiting, QT_OK or an error code; what went wrong is
+ * then qt_cuda_error_message(). The caller (../cuda_binding.cpp) has checked the arguments; the sizes that kernels can
+ * index and the logits' alignment are checked here. Pointers are device pointers unless stated otherwise. Shapes and
+ * meaning are those of qtuning_kernels/kernels/contract.py.
  */
 #ifndef QTUNING_CUDA_H
 #define QTUNING_CUDA_H
@@ -15,13 +16,8 @@ extern "C" {
 
 enum qt_status {
   QT_OK = 0,
-  QT_NULL_POINTER = 1,
-  QT_BAD_SIZE = 2,
-  QT_BAD_STRIDE = 3,
-  QT_BAD_DTYPE = 4,
-  QT_BAD_ALIGNMENT = 5,
-  QT_BAD_VALUE = 6,
-  QT_CUDA_ERROR = 7 /* CUDA itself refused: no driver, no device, no memory, a failed launch */
+  QT_BAD_ARGUMENT = 1,
+  QT_CUDA_ERROR = 2 /* CUDA itself refused: no driver, no device, no memory, a failed launch */
 };
 
 enum qt_dtype { QT_FLOAT32 = 0, QT_FLOAT64 = 1, QT_BFLOAT16 = 2, QT_FLOAT16 = 3 };
@@ -68,8 +64,8 @@ const char* qt_cuda_error_message(void);
 /* Bytes of workspace that qt_cuda_token_stats needs (0 if each row is one block's), written to *bytes (host). */
 int qt_cuda_token_stats_workspace(const qt_logits* logits, qt_target target, int64_t* bytes);
 
-int qt_cuda_token_stats(const qt_logits* logits, const qt_labels* labels, qt_scaling scaling,
-                        const qt_statistics* out, void* workspace, int64_t workspace_bytes, qt_target target);
+int qt_cuda_token_stats(const qt_logits* logits, const qt_labels* labels, qt_scaling scaling, const qt_statistics* out,
+                        void* workspace, qt_target target);
 
 /* Writes the gradient to `grad`, which may be the logits themselves. */
 int qt_cuda_token_stats_backward(const qt_logits* logits, const qt_logits* grad, const qt_labels* labels,

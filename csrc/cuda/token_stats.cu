@@ -1,6 +1,6 @@
 // token_stats: nll, entropy, row_max and log_sum of every row in one read of the logits.
-#include "online_update.cuh"
 #include "interface.cuh"
+#include "online_update.cuh"
 
 namespace qt {
 
@@ -25,6 +25,8 @@ __device__ void write_row(const Forward<R>& in, unsigned row, int64_t label, Onl
       bits = R(fma(scaled<FORM>(R(to_real(logits[label])), in.factors), in.factors.unit, -stats.row_max));
     }
     out = finalize<R>(stats, bits);
+    // nothing to choose from: 0 without the rounding of log S, and a NaN still
+    if (in.vocabulary == 1) out.nll *= R(0), out.entropy *= R(0);
   }
   in.nll[row] = out.nll;
   in.entropy[row] = out.entropy;
@@ -80,8 +82,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFT
 
 // One warp per row: merges the partial rows of its blocks. Ignored rows have none.
 template <typename T, Form FORM>
-__global__ void __launch_bounds__(32)
-    combine_kernel(const Forward<Real<T>> in, int blocks) {
+__global__ void __launch_bounds__(32) combine_kernel(const Forward<Real<T>> in, int blocks) {
   using R = Real<T>;
   const unsigned row = blockIdx.x;
   const int64_t label = in.labels[row];
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(32)
 }
 
 template <typename T, Form FORM>
-static int run(const qt_logits& logits, const qt_labels& labels, qt_scaling scaling, const qt_statistics& out, void* parts,
-        int blocks, qt_target target) {
+static int run(const qt_logits& logits, const qt_labels& labels, qt_scaling scaling, const qt_statistics& out,
+               void* parts, int blocks, qt_target target) {
   using R = Real<T>;
   const Forward<R> in = {rows(logits),
                          view(labels),
@@ -113,48 +114,26 @@ static int run(const qt_logits& logits, const qt_labels& labels, qt_scaling scal
   return launch(combine_kernel<T, FORM>, dim3(count), 32, target, "token_stats (combine)", in, blocks);
 }
 
-static int64_t workspace_bytes(const qt_logits& logits, int blocks) {
-  return blocks > 1 ? rows_of(logits) * blocks * 3 * stats_bytes(logits.dtype) : 0;
-}
-
 }  // namespace qt
 
 int qt_cuda_token_stats_workspace(const qt_logits* logits, qt_target target, int64_t* bytes) {
   using namespace qt;
-  QT_RETURN_IF_FAILED(check_logits(logits, "logits"));
-  QT_RETURN_IF_FAILED(check_pointer(bytes, "bytes", 8));
-  int multiprocessors = 0;
-  QT_RETURN_IF_FAILED(multiprocessors_of(target.device, &multiprocessors));
-  *bytes = workspace_bytes(*logits, blocks_per_row(*logits, multiprocessors));
+  QT_RETURN_IF_FAILED(check_logits(*logits, "logits"));
+  int blocks = 1;
+  QT_RETURN_IF_FAILED(blocks_per_row(*logits, target, &blocks));
+  *bytes = blocks > 1 ? rows_of(*logits) * blocks * 3 * stats_bytes(logits->dtype) : 0;
   return QT_OK;
 }
 
 int qt_cuda_token_stats(const qt_logits* logits, const qt_labels* labels, qt_scaling scaling, const qt_statistics* out,
-                        void* workspace, int64_t size, qt_target target) {
+                        void* workspace, qt_target target) {
   using namespace qt;
-  QT_RETURN_IF_FAILED(check_logits(logits, "logits"));
-  QT_RETURN_IF_FAILED(check_labels(labels));
-  QT_RETURN_IF_FAILED(check_scaling(scaling));
-  if (!out) return fail(QT_NULL_POINTER, "out is NULL; accepted: a qt_statistics");
+  QT_RETURN_IF_FAILED(check_logits(*logits, "logits"));
   if (rows_of(*logits) == 0) return QT_OK;
-  const uintptr_t bytes = uintptr_t(stats_bytes(logits->dtype));
-  QT_RETURN_IF_FAILED(check_pointer(labels->data, "labels", uintptr_t(labels->bytes)));
-  QT_RETURN_IF_FAILED(check_pointer(out->nll, "nll", bytes));
-  QT_RETURN_IF_FAILED(check_pointer(out->entropy, "entropy", bytes));
-  QT_RETURN_IF_FAILED(check_pointer(out->row_max, "row_max", bytes));
-  QT_RETURN_IF_FAILED(check_pointer(out->log_sum, "log_sum", bytes));
-  QT_RETURN_IF_FAILED(check_size(size, "workspace_bytes", 0, INT64_MAX));
-
   const OnDevice device(target.device);
   QT_RETURN_IF_FAILED(device.status());
-  int multiprocessors = 0;
-  QT_RETURN_IF_FAILED(multiprocessors_of(target.device, &multiprocessors));
-  const int blocks = blocks_per_row(*logits, multiprocessors);
-  const int64_t needed = workspace_bytes(*logits, blocks);
-  if (size < needed)
-    return fail(QT_BAD_SIZE, "workspace_bytes is %lld; accepted: at least %lld, as qt_cuda_token_stats_workspace says",
-                (long long)size, (long long)needed);
-  if (needed) QT_RETURN_IF_FAILED(check_pointer(workspace, "workspace", bytes));
+  int blocks = 1;
+  QT_RETURN_IF_FAILED(blocks_per_row(*logits, target, &blocks));
   return with_type(logits->dtype, [&](auto tag) {
     using T = decltype(tag);
     switch (form_of(scaling)) {

@@ -53,8 +53,7 @@ QT_FUNCTION Pair gradient_pair(Pair x, const Factors<float>& factors, const Grad
 }
 
 template <typename T, Form FORM, bool HAS_ENTROPY>
-QT_FUNCTION uint4 gradient(uint4 vector, const Factors<Real<T>>& factors,
-                           const GradientBits<Real<T>>& row) {
+QT_FUNCTION uint4 gradient(uint4 vector, const Factors<Real<T>>& factors, const GradientBits<Real<T>>& row) {
   uint32_t w[4];
   to_words(vector, w);
   if constexpr (sizeof(T) == 8) {
@@ -85,10 +84,10 @@ QT_FUNCTION uint4 gradient(uint4 vector, const Factors<Real<T>>& factors,
 }
 
 // An active row: reads and writes itemsize bytes per element once. A pruned one: writes its zeros, reads nothing.
-// With p = e^((z-m) - log S): g_nll (p - 1[y]) - g_entropy p (log p + entropy) + g_lse p = p (a + b log2 p) - g_nll 1[y].
-// The thread that handles the label's element reads it before its loop and writes it again after it, from float32, so
-// that no barrier is needed. SAME_LEAD: every row of logits and gradient begins at the same place within 16 bytes;
-// otherwise stores stay aligned, and each load takes the two vectors that it straddles.
+// With p = e^((z-m) - log S): g_nll (p - 1[y]) - g_entropy p (log p + entropy) + g_lse p = p (a + b log2 p) - g_nll
+// 1[y]. The thread that handles the label's element reads it before its loop and writes it again after it, from
+// float32, so that no barrier is needed. SAME_LEAD: every row of logits and gradient begins at the same place within 16
+// bytes; otherwise stores stay aligned, and each load takes the two vectors that it straddles.
 template <typename T, Form FORM, bool HAS_ENTROPY, bool SAME_LEAD>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || FORM == Form::SOFTCAP || !SAME_LEAD ? 2 : kResident)
     token_stats_backward_kernel(const Backward<Real<T>> in) {
@@ -161,12 +160,13 @@ static bool same_lead(const qt_logits& logits, const qt_logits& grad) {
     return size > 1 && (ours - theirs) * bytes % 16 != 0;
   };
   return (reinterpret_cast<uintptr_t>(logits.data) - reinterpret_cast<uintptr_t>(grad.data)) % 16 == 0 &&
-         !differ(logits.size_a, logits.stride_a, grad.stride_a) && !differ(logits.size_c, logits.stride_c, grad.stride_c);
+         !differ(logits.size_a, logits.stride_a, grad.stride_a) &&
+         !differ(logits.size_c, logits.stride_c, grad.stride_c);
 }
 
 template <typename T, Form FORM, bool HAS_ENTROPY>
 static int run(const qt_logits& logits, const qt_logits& grad, const qt_labels& labels, const qt_upstream& upstream,
-        qt_scaling scaling, int blocks, qt_target target) {
+               qt_scaling scaling, int blocks, qt_target target) {
   using R = Real<T>;
   auto values = [](const void* pointer) { return static_cast<const R*>(pointer); };
   const Backward<R> in = {rows(logits),
@@ -189,41 +189,18 @@ static int run(const qt_logits& logits, const qt_logits& grad, const qt_labels& 
                 "token_stats_backward", in);
 }
 
-static int check_optional(const void* pointer, const char* name, uintptr_t alignment) {
-  return pointer ? check_pointer(pointer, name, alignment) : QT_OK;
-}
-
 }  // namespace qt
 
 int qt_cuda_token_stats_backward(const qt_logits* logits, const qt_logits* grad, const qt_labels* labels,
                                  const qt_upstream* upstream, qt_scaling scaling, qt_target target) {
   using namespace qt;
-  QT_RETURN_IF_FAILED(check_logits(logits, "logits"));
-  QT_RETURN_IF_FAILED(check_logits(grad, "grad"));
-  QT_RETURN_IF_FAILED(check_labels(labels));
-  QT_RETURN_IF_FAILED(check_scaling(scaling));
-  if (!upstream) return fail(QT_NULL_POINTER, "upstream is NULL; accepted: a qt_upstream");
-  if (grad->dtype != logits->dtype)
-    return fail(QT_BAD_DTYPE, "grad.dtype is %d; accepted: %d, as the logits", int(grad->dtype), int(logits->dtype));
-  if (grad->size_a != logits->size_a || grad->size_c != logits->size_c || grad->vocabulary != logits->vocabulary)
-    return fail(QT_BAD_SIZE, "grad is [%lld, %lld, %lld]; accepted: the logits' [%lld, %lld, %lld]",
-                (long long)grad->size_a, (long long)grad->size_c, (long long)grad->vocabulary,
-                (long long)logits->size_a, (long long)logits->size_c, (long long)logits->vocabulary);
+  QT_RETURN_IF_FAILED(check_logits(*logits, "logits"));
+  QT_RETURN_IF_FAILED(check_logits(*grad, "grad"));
   if (rows_of(*logits) == 0) return QT_OK;
-  const uintptr_t bytes = uintptr_t(stats_bytes(logits->dtype));
-  QT_RETURN_IF_FAILED(check_pointer(labels->data, "labels", uintptr_t(labels->bytes)));
-  QT_RETURN_IF_FAILED(check_pointer(upstream->entropy, "entropy", bytes));
-  QT_RETURN_IF_FAILED(check_pointer(upstream->row_max, "row_max", bytes));
-  QT_RETURN_IF_FAILED(check_pointer(upstream->log_sum, "log_sum", bytes));
-  QT_RETURN_IF_FAILED(check_optional(upstream->grad_nll, "grad_nll", bytes));
-  QT_RETURN_IF_FAILED(check_optional(upstream->grad_entropy, "grad_entropy", bytes));
-  QT_RETURN_IF_FAILED(check_optional(upstream->grad_lse, "grad_lse", bytes));
-
   const OnDevice device(target.device);
   QT_RETURN_IF_FAILED(device.status());
-  int multiprocessors = 0;
-  QT_RETURN_IF_FAILED(multiprocessors_of(target.device, &multiprocessors));
-  const int blocks = blocks_per_row(*logits, multiprocessors);
+  int blocks = 1;
+  QT_RETURN_IF_FAILED(blocks_per_row(*logits, target, &blocks));
   return with_type(logits->dtype, [&](auto tag) {
     using T = decltype(tag);
     auto call = [&](auto with_entropy, auto without) {

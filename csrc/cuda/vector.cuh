@@ -25,7 +25,8 @@ QT_FUNCTION Pair fma_pair(Pair a, Pair b, Pair c) {
   unsigned long long result;
   asm("fma.rn.f32x2 %0, %1, %2, %3;"
       : "=l"(result)
-      : "l"(bit_cast<unsigned long long>(a)), "l"(bit_cast<unsigned long long>(b)), "l"(bit_cast<unsigned long long>(c)));
+      : "l"(bit_cast<unsigned long long>(a)), "l"(bit_cast<unsigned long long>(b)),
+        "l"(bit_cast<unsigned long long>(c)));
   return bit_cast<Pair>(result);
 #else
   return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
@@ -141,9 +142,7 @@ QT_FUNCTION uint4 load_unaligned(const void* from) {
   if (shift & 4)
     for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
   const unsigned bits = (shift & 3) * 8;
-  auto funnel = [bits](uint32_t first, uint32_t second) {
-    return uint32_t((uint64_t(second) << 32 | first) >> bits);
-  };
+  auto funnel = [bits](uint32_t first, uint32_t second) { return uint32_t((uint64_t(second) << 32 | first) >> bits); };
   return uint4{funnel(w[0], w[1]), funnel(w[1], w[2]), funnel(w[2], w[3]), funnel(w[3], w[4])};
 }
 

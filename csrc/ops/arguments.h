@@ -1,52 +1,18 @@
-// The operators' arguments, checked and in the forms that the kernels read: rows, labels, per-token values.
+// The operators' arguments in the forms that the kernels read: rows, labels, per-token values. Their shapes and strides
+// are those of the contract; kernels/functional.py makes them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
-#include <optional>
-
 #include "../cpu/kernels.h"
+#include "../registration.h"
 
 namespace qt {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-using OptDouble = std::optional<double>;
-
-inline void check_device(const Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " is on ", tensor.device(), "; the native backend serves cpu");
-}
-
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  check_device(tensor, name);
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    default:
-      TORCH_CHECK_VALUE(false, name, " has dtype ", tensor.scalar_type(),
-                        "; accepted: float32, bfloat16, float16, float64");
-  }
-}
-
-inline Scaling<double> scaling_of(double logit_scale, OptDouble softcap) {
-  TORCH_CHECK_VALUE(!softcap || *softcap > 0, "softcap is ", softcap.value_or(0), "; accepted: a number above 0, None");
-  return {logit_scale, softcap.value_or(0.0)};
-}
-
 // Rows [A, C, V] of any strides with a dense last dimension.
 struct Rows {
-  explicit Rows(const Tensor& logits) : dtype(dtype_of(logits, "logits")) {
-    TORCH_CHECK_VALUE(logits.dim() == 3 && logits.size(2) >= 1, "logits has shape ", logits.sizes(),
-                      "; accepted: [A, C, V] with V >= 1");
-    TORCH_CHECK_VALUE(logits.stride(2) == 1 || logits.size(2) == 1, "logits has stride ", logits.stride(2),
-                      " along the vocabulary; accepted: 1");
+  explicit Rows(const Tensor& logits) : dtype(DType(dtype_of(logits))) {
+    TORCH_CHECK_VALUE(logits.is_cpu() && logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
+                      "logits is on ", logits.device(), " with shape ", logits.sizes(), " and strides ",
+                      logits.strides(), "; accepted: [A, C, V] on cpu with a dense last dimension");
     data = static_cast<char*>(logits.data_ptr());
     inner = logits.size(1), count = logits.size(0) * inner, vocabulary = logits.size(2);
     chunks = (vocabulary + kChunk - 1) / kChunk;
@@ -65,11 +31,9 @@ struct Rows {
 // A per-token tensor of any dtype, read as float64; 0 everywhere if it is absent.
 class TokenValues {
  public:
-  TokenValues(const OptTensor& tensor, int64_t count, const char* name) {
-    if (!tensor || !tensor->defined()) return;
-    TORCH_CHECK_VALUE(tensor->numel() == count, name, " has ", tensor->numel(), " elements for ", count, " tokens");
-    check_device(*tensor, name);
-    held_ = tensor->to(at::kDouble).contiguous();
+  explicit TokenValues(const OptTensor& tensor) {
+    if (!tensor) return;
+    held_ = tensor->to(at::kDouble);
     data_ = held_.const_data_ptr<double>();
   }
   double operator[](int64_t i) const { return data_ ? data_[i] : 0; }
@@ -83,13 +47,7 @@ class TokenValues {
 class Labels {
  public:
   Labels(const Tensor& labels, const Rows& rows, int64_t ignore_index)
-      : vocabulary_(rows.vocabulary), ignore_index_(ignore_index) {
-    TORCH_CHECK_VALUE(labels.numel() == rows.count, "labels has ", labels.numel(), " elements for ", rows.count,
-                      " tokens");
-    check_device(labels, "labels");
-    TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, "labels has dtype ",
-                      labels.scalar_type(), "; accepted: int64, int32");
-    held_ = labels.to(at::kLong).contiguous();
+      : held_(labels.to(at::kLong)), vocabulary_(rows.vocabulary), ignore_index_(ignore_index) {
     data_ = held_.const_data_ptr<int64_t>();
   }
   bool ignored(int64_t i) const { return data_[i] == ignore_index_; }

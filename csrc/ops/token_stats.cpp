@@ -1,25 +1,17 @@
-// The row operators of qtuning_kernels/kernels/contract.py for CPU tensors. Forward reads each active logit once; backward
-// reads and writes each active one once, and only writes the zeros of the others.
+// The row operators of qtuning_kernels/kernels/contract.py for CPU tensors. Forward reads each active logit once;
+// backward reads and writes each active one once, and only writes the zeros of the others.
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <Python.h>
-#include <torch/library.h>
 
 #include <memory>
-#include <tuple>
 #include <vector>
 
-#include "../core/schemas.h"
 #include "../cpu/zero.h"
 #include "arguments.h"
 
 namespace qt {
 namespace {
-
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Calls f(i) for i in [0, count) on at::get_num_threads() threads, where each touches `elements`.
 template <typename F>
@@ -53,7 +45,8 @@ Stats stats_of(const Rows& rows, const Tensor& logits, const Tensor& labels_tens
   const std::unique_ptr<OnlineStats<double>[]> chunks(new OnlineStats<double>[active * rows.chunks]);
   parallel_over(active * rows.chunks, rows.chunk_size(0), [&](int64_t i) {
     const int64_t start = i % rows.chunks * kChunk;
-    chunks[i] = kernels().chunk_stats(rows.dtype, rows.at(order[i / rows.chunks], start), rows.chunk_size(start), scaling);
+    chunks[i] =
+        kernels().chunk_stats(rows.dtype, rows.at(order[i / rows.chunks], start), rows.chunk_size(start), scaling);
   });
   parallel_over(active, 256, [&](int64_t i) {
     OnlineStats<double> stats = chunks[i * rows.chunks];
@@ -92,13 +85,11 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                    const Tensor& row_max, const Tensor& log_sum, const OptTensor& grad_nll,
                    const OptTensor& grad_entropy, const OptTensor& grad_lse, int64_t ignore_index, double logit_scale,
                    OptDouble softcap) {
-  const Scaling<double> scaling = scaling_of(logit_scale, softcap);
+  const Scaling<double> scaling = {logit_scale, softcap.value_or(0)};
   const Rows from(logits), to(out);
   const Labels labels(labels_tensor, from, ignore_index);
   const int64_t count = from.count;
-  const TokenValues h(entropy, count, "entropy"), top(row_max, count, "row_max"), sum(log_sum, count, "log_sum"),
-      g_nll(grad_nll, count, "grad_nll"), g_entropy(grad_entropy, count, "grad_entropy"),
-      g_lse(grad_lse, count, "grad_lse");
+  const TokenValues h(entropy), top(row_max), sum(log_sum), g_nll(grad_nll), g_entropy(grad_entropy), g_lse(grad_lse);
   std::vector<int64_t> order, inactive;
   for (int64_t i = 0; i < count; ++i) {
     const bool active = !labels.ignored(i) && (g_nll[i] != 0 || g_entropy[i] != 0 || g_lse[i] != 0);
@@ -106,8 +97,8 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   }
   parallel_over(order.size() * from.chunks, from.chunk_size(0), [&](int64_t i) {
     const int64_t row = order[i / from.chunks], start = i % from.chunks * kChunk;
-    const RowGradient<double> upstream = {top[row],           sum[row],       h[row],
-                                          g_nll[row] + g_lse[row], g_entropy[row], g_nll[row]};
+    const RowGradient<double> upstream = {top[row],       sum[row],  h[row], g_nll[row] + g_lse[row],
+                                          g_entropy[row], g_nll[row]};
     gradient_of_chunk(from, to, row, start, labels, scaling, upstream);
   });
   const int64_t row_bytes = to.vocabulary * to.element, rows = inactive.size();
@@ -120,25 +111,10 @@ Stats token_stats(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
   at::AutoDispatchBelowADInplaceOrView guard;
   const Rows rows(logits);
   const auto f = rows.dtype == DType::f64 ? stats_of<double> : stats_of<float>;
-  return f(rows, logits, labels, ignore_index, scaling_of(logit_scale, softcap));
+  return f(rows, logits, labels, ignore_index, {logit_scale, softcap.value_or(0)});
 }
 
-template <typename... Arguments>
-Tensor token_stats_backward(const Tensor& logits, Arguments... arguments) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor out = at::empty(logits.sizes(), logits.options());
-  backward_into(out, logits, arguments...);
-  return out;
-}
-
-template <typename... Arguments>
-void token_stats_backward_(const Tensor& logits, Arguments... arguments) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  backward_into(logits, logits, arguments...);
-}
-
-Tensor vector_exp2(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.is_contiguous(), "x must be contiguous float32");
+Tensor exp2(const Tensor& x) {
   const Tensor out = at::empty_like(x);
   kernels().exp2(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.numel());
   return out;
@@ -146,27 +122,12 @@ Tensor vector_exp2(const Tensor& x) {
 
 std::string instruction_set() { return kernels().isa; }
 
-// The operators with the arguments of backward_into behind the logits.
-template <typename... Arguments>
-void register_backward(torch::Library& m, void (*)(const Tensor&, const Tensor&, Arguments...)) {
-  m.def(kTokenStatsBackward, &token_stats_backward<Arguments...>);
-  m.def(kTokenStatsBackwardInplace, &token_stats_backward_<Arguments...>);
-}
-
 }  // namespace
 }  // namespace qt
 
 // A private namespace; qtuning_kernels/kernels/native.py hands its operators on.
 TORCH_LIBRARY(qtuning_native, m) {
-  m.def(qt::kTokenStats, &qt::token_stats);
-  qt::register_backward(m, &qt::backward_into);
-  m.def("exp2", &qt::vector_exp2);
+  qt::register_operators<&qt::token_stats, &qt::backward_into>(m);
+  m.def("exp2", &qt::exp2);
   m.def("instruction_set", &qt::instruction_set);
-}
-
-// The module itself is empty: importing it runs the registration above.
-PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -1,7 +1,7 @@
 """Loads a compiled extension of this package, or says why it is not there and how to get it."""
 
-import importlib
 import json
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ _INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps qtuning
 
 
 def load_extension(module: str, record: str, needs: str) -> None:
-    """Import ``qtuning_kernels.<module>``, whose operators register themselves.
+    """Load ``qtuning_kernels.<module>``, whose operators register themselves.
 
     Args:
         module: name of the extension module.
@@ -37,8 +37,8 @@ def load_extension(module: str, record: str, needs: str) -> None:
             f"and this is {torch.__version__}; {how}"
         )
     try:
-        importlib.import_module(f"qtuning_kernels.{module}")
-    except ImportError as error:
+        torch.ops.load_library(path.with_name(f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"))
+    except OSError as error:
         raise BackendUnavailableError(
             f"the extension qtuning_kernels.{module} does not load: {error}; {how}"
         ) from error

@@ -4,7 +4,7 @@ import ctypes
 from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-OK, NULL_POINTER, BAD_SIZE, BAD_STRIDE, BAD_DTYPE, BAD_ALIGNMENT, BAD_VALUE, CUDA_ERROR = range(8)
+OK, BAD_ARGUMENT, CUDA_ERROR = range(3)
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
 
 
@@ -31,7 +31,7 @@ FUNCTIONS = {
     "qt_cuda_token_stats_workspace": (POINTER(Logits), Target, POINTER(c_int64)),
     "qt_cuda_token_stats": (
         *(POINTER(Logits), POINTER(Labels), Scaling, POINTER(Statistics)),
-        *(c_void_p, c_int64, Target),
+        *(c_void_p, Target),
     ),
     "qt_cuda_token_stats_backward": (
         *(POINTER(Logits), POINTER(Logits), POINTER(Labels), POINTER(Upstream)),

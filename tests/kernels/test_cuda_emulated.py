@@ -137,7 +137,7 @@ for dtype, size in ((c.FLOAT32, 4), (c.BFLOAT16, 2)):
             target, scaling = c.Target(0, None), c.Scaling(1.0, 0.0)
             stats = c.Statistics(*[address] * 4)
             p = ctypes.byref
-            assert lib.qt_cuda_token_stats(p(logits), p(label), scaling, p(stats), None, 0, target) == 0
+            assert lib.qt_cuda_token_stats(p(logits), p(label), scaling, p(stats), None, target) == 0
             for shift in range(0, 16, size):
                 copy = torch.zeros(elements * size + 64, dtype=torch.uint8)
                 for a, b in (((start, start),) if shift else ()) + ((start, copy.data_ptr() + shift),
