@@ -48,6 +48,18 @@ def warp_size(arch: str) -> int:
     return 64 if arch.startswith("gfx9") else 32
 
 
+def row_config(vocabulary: int, block: int, arch: str) -> dict[str, int]:
+    """256 threads for a block of so many elements; where a row is shorter, fewer: the others would work on padding.
+
+    At 32 registers eight such blocks fill a multiprocessor, and that hides the latency of memory; software pipelining
+    would only cost registers.
+    """
+    warp, threads = warp_size(arch), 256
+    while threads > warp and vocabulary <= block // 2:
+        block, threads = block // 2, threads // 2
+    return {"BLOCK": block, "num_warps": threads // warp, "num_stages": 1}
+
+
 class Rows(NamedTuple):
     """How a kernel finds the rows of ``logits [A, C, V]`` from an aligned address."""
 

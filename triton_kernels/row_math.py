@@ -9,8 +9,8 @@ reference r is close to the row's maximum and never needs to be exactly it. A pa
     (r, S, T) under r' ≥ r, with d = r − r':   T ← (T + d·S)·2^d    S ← S·2^d
 
 FLOOR stands in for −inf, since −inf − (−inf) is NaN; it is not near the largest float, which times log2 e would
-overflow. −inf logits contribute 0 to both sums, so a row of nothing else keeps r = FLOOR and S = 0. A NaN makes both
-sums NaN, and so does a +inf, which makes r +inf as well.
+overflow. −inf logits contribute 0 to both sums, so a row of nothing else keeps r = FLOOR and S = 0. A NaN makes S NaN;
+a +inf makes it +inf, since r stays finite.
 """
 
 import triton
@@ -99,7 +99,8 @@ def online_update(row_max, sum_exp, sum_shifted_exp, tiles, UNIT: tl.constexpr):
     highest = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         highest = tl.maximum(highest, tiles[i])
-    new_max = tl.maximum(row_max, tl.max(highest, 1) * UNIT)
+    CEILING: tl.constexpr = 1e308 if row_max.dtype == tl.float64 else 3e38
+    new_max = tl.minimum(tl.maximum(row_max, tl.max(highest, 1) * UNIT), CEILING)
     tile_exp = tl.zeros_like(highest)
     tile_shifted_exp = tl.zeros_like(highest)
     for i in tl.static_range(len(tiles)):
@@ -129,18 +130,17 @@ def finalize(row_max, sum_exp, sum_shifted_exp, x_label, V, UNIT: tl.constexpr):
 
     log_sum is relative to row_max as rounded, so that their sum loses nothing to the common offset. What rounding
     leaves below 0 is 0, and so is all of it where there is nothing to choose from. Without a finite maximum row_max
-    is that maximum and log_sum 0, as in PyTorch's logsumexp; nll and entropy are NaN. A NaN beside a +inf shows in
-    nll and entropy alone: to find it the row would have to be read again, which costs registers.
+    is that maximum and log_sum 0, as in PyTorch's logsumexp; nll and entropy are NaN.
     """
     only_minus_inf = sum_exp == 0
-    bits = tl.where(only_minus_inf, float("nan"), tl.log2(sum_exp))
+    has_plus_inf = sum_exp == float("inf")
+    bits = tl.where(only_minus_inf | has_plus_inf, float("nan"), tl.log2(sum_exp))
     nll = tl.maximum(bits - tl.fma(x_label, UNIT, -row_max), 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
     entropy = tl.maximum(bits - sum_shifted_exp / sum_exp, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2
     if V == 1:
         nll = (bits - bits) + (x_label - x_label)
         entropy = bits - bits
-    has_plus_inf = row_max == float("inf")
-    nats = tl.where((bits == bits) | has_plus_inf, row_max * LN2, float("nan"))
-    nats = tl.where(only_minus_inf, float("-inf"), nats)
+    nats = tl.where(bits == bits, row_max * LN2, float("nan"))
+    nats = tl.where(has_plus_inf, float("inf"), tl.where(only_minus_inf, float("-inf"), nats))
     log_sum = (bits - tl.fma(nats, LOG2E, -row_max)) * LN2
     return nll, entropy, nats, tl.where(only_minus_inf | has_plus_inf, 0.0, log_sum)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtuning_kernels.kernels.contract import RowStats, Scaling, stats_dtype
-from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, rows_of, warp_size
+from qtuning_kernels.triton_kernels.launch import FUSED, architecture, on_device, row_config, rows_of
 from qtuning_kernels.triton_kernels.row_math import (
     FLOOR,
     finalize,
@@ -121,17 +121,8 @@ def load_pair(
 
 
 def forward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
-    """Block and warps of the forward.
-
-    256 threads with two 128-bit loads each in flight: at 32 registers eight such blocks fill a multiprocessor, and
-    that hides the latency of memory; software pipelining would only cost registers. Where a row is shorter than
-    the block, fewer warps: the others would work on nothing but padding.
-    """
-    warp = warp_size(arch)
-    block, threads = 4096 // itemsize, 256
-    while threads > warp and vocabulary <= block // 2:
-        block, threads = block // 2, threads // 2
-    return {"BLOCK": block, "LANES": 16 // itemsize, "num_warps": threads // warp, "num_stages": 1}
+    """Two 128-bit loads of each thread in flight: a pair of blocks."""
+    return {"LANES": 16 // itemsize, **row_config(vocabulary, 4096 // itemsize, arch)}
 
 
 def token_stats(logits: Tensor, labels: Tensor, ignore_index: int, scaling: Scaling) -> tuple[Tensor, RowStats]:

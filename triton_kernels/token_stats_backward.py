@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtuning_kernels.kernels.contract import RowStats, Scaling, Upstream
-from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rounded, rows_of, warp_size
+from qtuning_kernels.triton_kernels.launch import FUSED, Rows, architecture, on_device, rounded, row_config, rows_of
 from qtuning_kernels.triton_kernels.row_math import (
     LN2,
     LOG2E,
@@ -166,12 +166,8 @@ def gradient(
 
 
 def backward_config(vocabulary: int, itemsize: int, arch: str) -> dict[str, int]:
-    """Block and warps of the backward, as in the forward: two 128-bit loads and stores per thread in flight."""
-    warp = warp_size(arch)
-    block, threads = 8192 // itemsize, 256
-    while threads > warp and vocabulary <= block // 2:
-        block, threads = block // 2, threads // 2
-    return {"BLOCK": block, "num_warps": threads // warp, "num_stages": 1}
+    """Two 128-bit loads and stores of each thread in flight."""
+    return row_config(vocabulary, 8192 // itemsize, arch)
 
 
 def token_stats_backward(
