@@ -167,34 +167,38 @@ def assert_grad_rounded_once(name: str, actual: Tensor, truth: Tensor, terms: Te
     assert not wrong.any(), f"{name}: {excess.max().item():.3g} over {ulps} units in the last place"
 
 
-def row_scales(hidden, weight, bias, labels, upstream, **scaling) -> list[Tensor]:
+def row_scales(hidden, weight, bias, labels, upstream, **scaling) -> list[tuple[Tensor, Tensor]]:
     """Of each row of the gradients of hidden, weight and bias: its largest sum of magnitudes, at least the floor.
 
     Magnitudes of the exact gradient of the logits, which is rounded once: p − 1 as it is, not the 1 that p nearly is.
+    The second of each pair is what float32 leaves open: p is a number near 1 there, so that p − 1 is known to a few
+    2⁻²⁴, whatever the dtype of the logits.
     """
     hidden, weight = hidden.double(), weight.double()
     logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.double())
     (grad,) = grads(lambda x: stats(x, labels, **scaling), [logits], upstream)
     terms = linear_terms(hidden, weight, bias, labels, upstream, **scaling)
     sums = [grad.abs() @ weight.abs(), grad.abs().T @ hidden.abs(), grad.abs().sum(0)]
-    sums = [torch.maximum(x, t.floor.expand_as(x)) for x, t in zip(sums, terms, strict=True) if t is not None]
-    return [x.amax(-1) if x.dim() == 2 else x for x in sums]
+    pairs = [(x, t) for x, t in zip(sums, terms, strict=True) if t is not None]
+    both = [(torch.maximum(x, t.floor.expand_as(x)), 8 * 2.0**-24 * t.magnitude) for x, t in pairs]
+    return [tuple(x.amax(-1) if x.dim() == 2 else x for x in pair) for pair in both]
 
 
 def assert_rows_no_worse(
-    name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, scale: Tensor, ulps: float = 1.0
+    name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, scales: tuple[Tensor, Tensor], ulps: float = 1.0
 ) -> None:
     """Half-precision products: in every row, within PyTorch's error at the same dtype plus `ulps` of the row's scale.
 
-    A row's error is its largest, in units in the last place of `scale` (`row_scales`). PyTorch's is the largest among
-    rows whose scale has the same power of ten: a vocabulary entry that is improbable everywhere has a small row in
-    the head's gradient, which a bound by the tensor's scale would not see.
+    A row's error is its largest, in units in the last place of its scale, ours less what float32 leaves open
+    (`row_scales`). PyTorch's is the largest among rows whose scale has the same power of ten: a vocabulary entry that
+    is improbable everywhere has a small row in the head's gradient, which a bound by the tensor's scale would not see.
     """
     assert torch.isfinite(actual).all(), f"{name} is not finite"
     finfo = torch.finfo(actual.dtype)
-    scale = scale.clamp(min=finfo.smallest_normal)
+    scale, left_open = scales[0].clamp(min=finfo.smallest_normal), scales[1]
     unit = finfo.eps * torch.exp2((torch.frexp(scale).exponent - 1).double())
-    errors = [(x.double() - truth.double()).abs().reshape(len(scale), -1).amax(-1) / unit for x in (actual, torch_same)]
+    errors = [(x.double() - truth.double()).abs().reshape(len(scale), -1).amax(-1) for x in (actual, torch_same)]
+    errors = [(errors[0] - left_open) / unit, errors[1] / unit]
     decades = scale.log10().floor()
     for decade in decades.unique():
         error, yardstick = (x[decades == decade].max().item() for x in errors)
