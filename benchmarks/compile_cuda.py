@@ -43,7 +43,7 @@ def compile_source(source: Path, arch: str) -> bytes:
         if done.returncode:
             raise RuntimeError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
         for older in target.parent.glob(f"{source.stem}-{arch}-*.cubin"):
-            older.unlink()
+            older.unlink(missing_ok=True)
         partial.rename(target)
     return target.read_bytes()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from qtuning_kernels.kernels import dispatch as ops
 
@@ -30,9 +31,15 @@ def why_not() -> str | None:
 
 
 def library() -> Path:
-    """The shared library, compiled if the sources have changed (about half a minute)."""
+    """The shared library, compiled if the sources have changed (about half a minute), by one process at a time."""
+    (_ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(_ROOT / "build/cuda_emulator.lock"):
+        return _library()
+
+
+def _library() -> Path:
     sources = sorted((_ROOT / "csrc/cuda").glob("*.cu")) + [_ROOT / "csrc/cuda_binding.cpp", _HERE / "emulator.cpp"]
-    headers = [p for d in ("csrc/cuda", "csrc/core", _HERE) for p in sorted((_ROOT / d).glob("*.*h"))]
+    headers = [p for d in ("csrc", "csrc/cuda", "csrc/core", _HERE) for p in sorted((_ROOT / d).glob("*.*h"))]
     text = b"".join(p.read_bytes() for p in (*sources, *headers, Path(__file__))) + torch.__version__.encode()
     target = _ROOT / "build/cuda_emulator" / f"{hashlib.sha256(text).hexdigest()[:16]}.so"
     if target.exists():

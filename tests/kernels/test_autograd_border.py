@@ -140,9 +140,10 @@ def test_outputs_may_be_changed_in_place(backend):
 
 
 @pytest.mark.parametrize("name", ["token_stats", "token_stats in place", *LINEAR])
-def test_compiles_once_for_changing_shapes_and_scales(backend, name):
+def test_compiles_once_for_changing_shapes_and_scales(name):
     """`math.isfinite` of a traced number broke the graph: fullgraph=True failed in the check of the scale; and so did
-    the search for overlapping rows, which sorted strides that are symbols."""
+    the search for overlapping rows, which sorted strides that are symbols. The compiler sees the dispatcher's operators
+    alone, whatever backend serves them: one is enough."""
 
     def value(hidden, weight, labels, scale, softcap):
         options = {"logit_scale": scale, "softcap": softcap}

@@ -64,24 +64,28 @@ def run_with(isa: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-def accepted_instruction_sets() -> list[str]:
-    """Those that this processor runs, best first; the error message of a wrong name lists them."""
-    probe = "from qtuning_kernels.kernels import native; native.instruction_set()"
-    return run_with("none", "-c", probe).stderr.strip().splitlines()[-1].split("accepted: ")[1].split(", ")
-
-
-def test_an_unknown_instruction_set_is_refused():
+@pytest.fixture(scope="module")
+def accepted() -> list[str]:
+    """Instruction sets that this processor runs, best first, as the refusal of a wrong name lists them."""
     done = run_with("mmx", "-c", "from qtuning_kernels.kernels import native; native.instruction_set()")
     assert done.returncode != 0
-    assert "ValueError: QTUNING_CPU_ISA=mmx is not usable here; accepted: " in done.stderr
-    assert "baseline" in accepted_instruction_sets()
+    refusal = done.stderr.strip().splitlines()[-1]
+    assert refusal.startswith("ValueError: QTUNING_CPU_ISA=mmx is not usable here; accepted: ")
+    return refusal.split("accepted: ")[1].split(", ")
+
+
+def test_the_best_instruction_set_is_taken(accepted):
+    assert accepted[-1] == "baseline"
+    assert native.instruction_set() == os.environ.get("QTUNING_CPU_ISA", accepted[0])
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_passes_the_suite(isa):
+def test_every_instruction_set_passes_the_suite(accepted, isa):
     """The choice is made once per process, hence a child. float16 and float64 paths included."""
-    if isa not in accepted_instruction_sets():
+    if isa not in accepted:
         pytest.skip(f"this processor has no {isa}")
+    if isa == native.instruction_set():
+        pytest.skip(f"{isa} is what this process runs")
     chosen = "its_whole_range or every_block_edge or softcap_of_1000 or no_finite_maximum or common_offset"
     probe = run_with(isa, "-m", "pytest", "-q", "-x", __file__, "-k", chosen)
     assert probe.returncode == 0, probe.stdout[-3000:]
