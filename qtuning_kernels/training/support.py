@@ -27,7 +27,7 @@ def refuse_unsupported(trainer: Any) -> None:
             )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError("fsdp is set, and accelerate, which shards nothing on CPUs, did not take it; accepted: without")
+        raise ValueError("fsdp is set, and accelerate, which has none on CPUs, passes over it; accepted: without it")
     if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("fsdp_version is 1; accepted: 2, whose modules gather their parameters one by one")
     half = [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.dtype != torch.float32]

@@ -52,7 +52,15 @@ def run(kind, model, folder, **extra):
     return gradients(trainer, [batch])
 
 
-@pytest.mark.parametrize("make", [*(pytest.param(lambda n=n: build(n), id=n) for n in MODELS), adalora])
+def cases():
+    for name in MODELS:
+        fails = name == "granite-moe" and transformers.__version__.startswith("5.0.")
+        reason = "transformers 5.0 finds no router logits of GraniteMoe, and its plain Trainer fails"
+        yield pytest.param(lambda name=name: build(name), id=name, marks=pytest.mark.skipif(fails, reason=reason))
+    yield adalora
+
+
+@pytest.mark.parametrize("make", cases())
 def test_added_losses_stay(tmp_path, make):
     class Plain(transformers.Trainer):
         _plan = None
