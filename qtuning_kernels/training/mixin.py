@@ -172,12 +172,17 @@ class QTuningMixin(Host):
         """The host's step on a pool, timed as a whole."""
         return super().training_step(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's, which writes nothing of a sharded state and says nothing."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the host's, which writes nothing of a sharded state and says nothing; of a checkpoint it is a part."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_fsdp_enabled and plugin and "FULL" not in str(plugin.state_dict_type):
-            plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(*args, **kwargs)
+        if plugin is None or (_internal_call and output_dir):
+            return super().save_model(output_dir, _internal_call)
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kept)  # that of checkpoints, and of resuming
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._window.steps:

@@ -43,7 +43,8 @@ if options.wrapper == "fsdp2":
     wrapping = {
         "fsdp": "full_shard auto_wrap",
         "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                        "cpu_ram_efficient_loading": False},
+                        "cpu_ram_efficient_loading": False,
+                        "state_dict_type": "SHARDED_STATE_DICT"},
     }  # fmt: skip
 elif options.wrapper.startswith("zero"):
     deepspeed_uncompiled()

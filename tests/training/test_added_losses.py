@@ -60,7 +60,7 @@ def cases():
     yield adalora
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", [*cases()])
 def test_added_losses_stay(tmp_path, make):
     class Plain(transformers.Trainer):
         _plan = None
