@@ -57,6 +57,7 @@ def _score(inputs: Inputs, samples: list[Any], config: QTuningConfig, console: A
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = inputs.model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
     causal_lm = CausalLM(model)
+    causal_lm.check()
     precision = choose_precision(causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype)
     log(console, precision)
     scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens)
