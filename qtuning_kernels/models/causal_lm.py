@@ -95,7 +95,7 @@ class CausalLM:
 
     @torch.no_grad()
     def check(self, model: nn.Module | None = None) -> None:
-        """Compares the model's own logits with those of its parts on a few tokens, and with those of another last token.
+        """Compares the logits of a few tokens with those of the parts, and with those under another last token.
 
         Args:
             model: what the trainer got from wrapping `base`; default `base` itself.

@@ -39,7 +39,7 @@ _LATENT_TYPES = (
     "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu dots3_note_text"
 )
 # what the sizes above contradict
-_OTHERS: dict[str, dict[str, Any]] = {name: _LATENT for name in _LATENT_TYPES.split()} | {
+_OTHERS: dict[str, dict[str, Any]] = dict.fromkeys(_LATENT_TYPES.split(), _LATENT) | {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": _LATENT | {"num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
