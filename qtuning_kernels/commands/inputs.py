@@ -176,7 +176,7 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
         prompt_field=prompt_field,
         completion_field=completion_field,
         cutoff=arguments.cutoff,
-        skip_without_answer=arguments.skip_without_answer,
+        skip_unusable=arguments.skip_unusable,
     )
     return records, samples, report
 
