@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -23,12 +24,12 @@ _NOT_OPTIONS = ("parallelism_config", "hub_token", "do_train", "do_eval", "do_pr
 
 
 def above(least: int, kind: type = int) -> Callable[[str], Any]:
-    """argparse type: a number above `least`."""
+    """argparse type: a finite number above `least`."""
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not value > least:
-            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'a finite number ' * (value > least)}above {least}")
         return value
 
     convert.__name__ = kind.__name__  # which argparse's message has

@@ -171,8 +171,10 @@ def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
         if text.lstrip().startswith("["):
             raise _broken(file, getattr(error, "lineno", 1), error) from None
     else:
-        if isinstance(whole, dict):
-            whole = whole["data"] if isinstance(whole.get("data"), list) else [whole]
+        if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+            whole = whole["data"]
+        elif "\n" in text.strip():  # one line is JSON Lines
+            whole = whole if isinstance(whole, list) else [whole]
         if isinstance(whole, list):
             yield from ((f"{file}, record {i}", row) for i, row in enumerate(whole, 1))
             return

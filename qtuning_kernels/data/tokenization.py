@@ -1,27 +1,31 @@
 """From records to training samples: chat template, tokens, labels on the answers alone, truncation."""
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qtuning_kernels.data.conversations import LeftOutError, Message, Shape, detect_shape, is_trained, tools_of
+from qtuning_kernels.data.conversations import LeftOutError, Shape, detect_shape, is_trained, tools_of
+from qtuning_kernels.data.rendering import (
+    MARK,
+    PlainRenderer,
+    Span,
+    TemplateRenderer,
+    refuse_dropped_tools,
+    special_tokens,
+)
 from qtuning_kernels.data.sources import DataError, Records, read_records
 from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
 _BATCH = 1000
 _EXAMPLES = 5
-_MARK = "\U000f5a3c"  # a private character; stands in special tokens that the data spells, until they are tokenised
-
-Span = tuple[int, int]  # characters [start, end) of a rendered conversation
 
 
 @dataclass
@@ -123,7 +127,7 @@ def tokenize_records(
         unused_columns=tuple(c for c in records.columns if c not in columns),
         read=len(records),
     )
-    renderer = _TemplateRenderer(tokenizer) if tokenizer.chat_template else _PlainRenderer(tokenizer, shape)
+    renderer = TemplateRenderer(tokenizer) if tokenizer.chat_template else PlainRenderer(tokenizer, shape)
     rendered = _render_all(records, shape, renderer, report, skip_unusable)
     # one Arrow table per batch: lists of Python integers for a whole data set would not fit into memory
     tables = []
@@ -143,7 +147,7 @@ def _skip(report: DataReport, where: str, why: object) -> None:
 def _render_all(
     records: Records,
     shape: Shape,
-    renderer: "_TemplateRenderer | _PlainRenderer",
+    renderer: "TemplateRenderer | PlainRenderer",
     report: DataReport,
     skip_unusable: bool,
 ) -> Iterator[tuple[int, str, list[Span]]]:
@@ -154,9 +158,9 @@ def _render_all(
             messages, tools = shape.to_messages(row), tools_of(row) if "tools" in shape.columns else None
             for message in messages:
                 if isinstance(content := message.get("content"), str):
-                    message["content"] = special.sub(lambda found: f"{found[0][0]}{_MARK}{found[0][1:]}", content)
+                    message["content"] = special.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)
             text, spans = renderer.render(messages, tools)
-            _refuse_dropped_tools(messages, tools, text)
+            refuse_dropped_tools(messages, tools, text)
             text.encode()  # the tokenizer cannot take half a surrogate pair, which JSON can spell
         except (DataError, TemplateError, UnicodeEncodeError) as error:
             reason = _reason(error, row, shape)
@@ -181,103 +185,6 @@ def _reason(error: Exception, row: dict[str, Any], shape: Shape) -> str:
     return f"{error} (its columns are those of {own}; this data is read as {shape.name})" if mixed else str(error)
 
 
-def _refuse_dropped_tools(messages: list[Message], tools: list[Any] | None, text: str) -> None:
-    """Raise `DataError` if the text names not all tools that are declared or called: the template drops them."""
-    calls = (call for message in messages for call in message.get("tool_calls") or ())
-    for tool in (*(tools or ()), *calls):
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if str(function.get("name")) not in text:
-            raise DataError(f"the model's chat template drops the tool {function.get('name')!r}")
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """A pattern of the special tokens as texts, the longest first."""
-    texts = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-class _PlainRenderer:
-    """Messages one after the other, each answer followed by the end-of-sequence token."""
-
-    add_special_tokens = True  # the tokenizer's own beginning, since no template writes it
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape) -> None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token")
-        self.tokenizer, self.eos, self.separator = tokenizer, tokenizer.eos_token, shape.separator
-
-    def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        text, spans = "", []
-        for message in messages:
-            text += self.separator if text else ""
-            start = len(text)
-            text += message.get("content") or ""
-            if message["role"] == "assistant":
-                text += self.eos
-            if is_trained(message):
-                spans.append((start, len(text)))
-        return text, spans
-
-
-class _TemplateRenderer:
-    """The chat template's text, and the spans of its answers.
-
-    An answer begins where the rendering of the messages before it, generation prompt included, ends, and it
-    ends where the rendering of the messages up to it ends; so no template needs ``{% generation %}`` marks.
-    """
-
-    add_special_tokens = False  # templates write theirs
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
-        self.tools: list[Any] | None = None
-
-    def _template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return cast(str, text)
-
-    def render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        self.tools = tools
-        text = self._template(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if is_trained(message):
-                start = self._start(messages[:i], text)
-                # a template may write an answer differently once it is no longer the last one
-                upto = text if i + 1 == len(messages) else self._template(messages[: i + 1])
-                end = len(upto) if text.startswith(upto) else self._end(message, text, start)
-                spans.append((start, self._without_tail(text, start, end)))
-        return text, spans
-
-    def _start(self, before: list[Message], text: str) -> int:
-        if not before:  # the assistant opens the conversation
-            return 0
-        prompt = self._template(before, add_generation_prompt=True)
-        if text.startswith(prompt):
-            return len(prompt)
-        # some generation prompts open a block that a written answer lacks
-        if not text.startswith(self._template(before)):
-            raise DataError("the chat template rewrites earlier messages, so its answers cannot be found")
-        return len(os.path.commonprefix([prompt, text]))  # noqa: RUF071 - characters are meant
-
-    def _end(self, message: Message, text: str, start: int) -> int:
-        content = (message.get("content") or "").strip()
-        at = text.find(content, start)
-        if not content or at < 0:
-            raise DataError("the chat template rewrites an earlier answer, so its end cannot be found")
-        end = at + len(content)
-        token = self.special.match(text, end)
-        return token.end() if token else end
-
-    def _without_tail(self, text: str, start: int, end: int) -> int:
-        """Leave out the line break that templates put behind the end-of-turn token; no model generates it."""
-        stripped = text[start:end].rstrip()
-        last = [token.end() for token in self.special.finditer(stripped)][-1:]
-        return start + len(stripped) if last == [len(stripped)] else end
-
-
 def _tokenize(
     batch: list[tuple[int, str, list[Span]]],
     tokenizer: PreTrainedTokenizerBase,
@@ -297,9 +204,9 @@ def _tokenize(
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "sample_id": []}
     for row, (index, text, spans) in enumerate(batch):
         ids, offsets, special = (encoded[name][row] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-        if _MARK in text:
+        if MARK in text:
             ids, offsets, special = _encode_marked(text, tokenizer, add_special_tokens)
-            spans = [(start - text.count(_MARK, 0, start), end - text.count(_MARK, 0, end)) for start, end in spans]
+            spans = [(start - text.count(MARK, 0, start), end - text.count(MARK, 0, end)) for start, end in spans]
         trained = _in_spans(offsets, special, spans)
         if not trained:
             _skip(report, records.location(index), "no answer token after tokenisation")
@@ -334,7 +241,7 @@ def _encode_marked(
     offsets, start = [(0, 0)] * len(ids), 0
     added = len(ids)
     for piece in re.split(f"({special_tokens(tokenizer).pattern})", text):
-        plain, literal = piece.replace(_MARK, ""), bool(special_tokens(tokenizer).fullmatch(piece))
+        plain, literal = piece.replace(MARK, ""), bool(special_tokens(tokenizer).fullmatch(piece))
         encoded = tokenizer(
             plain,
             add_special_tokens=False,

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.batches import BatchKind, put_together, take_apart
 from qtuning_kernels.data.samples import Sample, without_labels
+from qtuning_kernels.files import share
 from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.matmul import Precision, float32_matmul
@@ -178,6 +179,8 @@ class QTuningMixin(Host):
         if self.is_fsdp_enabled and plugin and "FULL" not in str(plugin.state_dict_type):
             plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(*args, **kwargs)
+        if self.args.should_save:
+            share(Path(args[0] if args else kwargs.get("output_dir") or cast(str, self.args.output_dir)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._window.steps:
