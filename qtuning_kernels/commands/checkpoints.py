@@ -1,11 +1,12 @@
 """The output folder of a run: refused if in use, or resumed; the final model is written whole or not at all."""
 
+import atexit
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qtuning_kernels.models.collectives import gather
 
@@ -14,7 +15,7 @@ SUMMARY_FILE = "summary.json"
 # what a resumed run may have otherwise: how far it goes, and what it writes on the way
 _MAY_CHANGE = ("epochs", "max_steps", "save_steps", "save_total_limit", "report", "report_to", "record", "tag_field")
 _LOCK_FILE = ".lock"
-_held: list[TextIO] = []  # the lock on the output folder of this process, for as long as it lives
+_held: list[tuple[Path, int]] = []  # the lock on the output folder of this process, for as long as it lives
 
 
 def prepare_output(
@@ -81,20 +82,27 @@ def _lock(output: Path) -> None:
     import fcntl
 
     output.mkdir(parents=True, exist_ok=True)
-    while _held:  # of an earlier run in this process
-        _held.pop().close()
-    file = (output / _LOCK_FILE).open("a+")
+    _release()
+    path = output / _LOCK_FILE
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
+        os.close(file)
+        owner = path.read_text().strip()
         raise FileExistsError(f"output {str(output)!r} is in use by process {owner}; give another --output") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    _held.append(file)
+    os.truncate(file, 0)
+    os.write(file, f"{os.getpid()}\n".encode())
+    _held.append((path, file))
+
+
+@atexit.register
+def _release() -> None:
+    """Give up the lock of an earlier run in this process, or of the run that ends."""
+    while _held:
+        path, file = _held.pop()
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:

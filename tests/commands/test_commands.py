@@ -159,7 +159,7 @@ def test_score_writes_the_plane(options, data, tmp_path, capsys):
     output = tmp_path / "planes" / "plane.parquet"
     assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0
     table = pq.read_table(output)
-    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted", "prompt", "answer"]
+    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "nll", "planted", "prompt", "answer"]
     assert table.column_names == names
     columns = table.to_pydict()
     assert columns["sample_id"] == list(range(24))
