@@ -32,7 +32,7 @@ class Bench:
             data_split=None,
             data_config=None,
             cutoff=2048,
-            skip_without_answer=False,
+            skip_unusable=False,
         )
         source = model_source(arguments)
         self.tokenizer = load_tokenizer(source)

@@ -3,14 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qtuning_kernels.config import QTuningConfig
-from qtuning_kernels.kernels.contract import BackendUnavailableError
-from qtuning_kernels.kernels.dispatch import backend
-from qtuning_kernels.kernels.functional import TokenStats, token_stats
-from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_stats
-from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
-
 if TYPE_CHECKING:
+    from qtuning_kernels.config import QTuningConfig
+    from qtuning_kernels.kernels.contract import BackendUnavailableError
+    from qtuning_kernels.kernels.dispatch import backend
+    from qtuning_kernels.kernels.functional import TokenStats, token_stats
+    from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_stats
+    from qtuning_kernels.pruning import EUPlane, Triage, eu_plane, prune_tokens, triage_samples
     from qtuning_kernels.training.loop import select_batch
     from qtuning_kernels.training.mixin import QTuningMixin
     from qtuning_kernels.training.sft import QTuningSFTTrainer
@@ -37,16 +36,23 @@ __all__ = [
 ]
 
 
-# import transformers or TRL, which users of the kernels need not have loaded
-_LATE = {
-    "QTuningMixin": "qtuning_kernels.training.mixin",
-    "QTuningSFTTrainer": "qtuning_kernels.training.sft",
-    "QTuningTrainer": "qtuning_kernels.training.trainer",
-    "select_batch": "qtuning_kernels.training.loop",
+# imported when first asked for: PyTorch, transformers and TRL take seconds each, and not every user needs them all
+_MODULES = {
+    "config": ("QTuningConfig",),
+    "kernels.contract": ("BackendUnavailableError",),
+    "kernels.dispatch": ("backend",),
+    "kernels.functional": ("TokenStats", "token_stats"),
+    "kernels.linear": ("linear_cross_entropy", "linear_token_stats"),
+    "pruning": ("EUPlane", "Triage", "eu_plane", "prune_tokens", "triage_samples"),
+    "training.loop": ("select_batch",),
+    "training.mixin": ("QTuningMixin",),
+    "training.sft": ("QTuningSFTTrainer",),
+    "training.trainer": ("QTuningTrainer",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(importlib.import_module(_LATE[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and that are never the input they were made from."""
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,11 +35,30 @@ def refuse_overwrite(output: Path, inputs: Iterable[str | Path]) -> None:
     Raises:
         FileExistsError: `output` is an input; symbolic and hard links are followed.
         IsADirectoryError: `output` is a folder.
+        OSError: its folder, made if missing, cannot be written to.
     """
     if output.is_dir():
         raise IsADirectoryError(f"output {str(output)!r} is a folder; accepted: the name of a file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"output {str(output)!r}: its folder cannot be written to")
     if not output.exists():
         return
     for given in (Path(each).expanduser() for each in inputs):
         if any(file.is_file() and file.samefile(output) for file in (given, *given.rglob("*"))):
             raise FileExistsError(f"output {str(output)!r} is a file of the input {str(given)!r}; give another output")
+
+
+def share(folder: Path) -> None:
+    """Give files of a folder the permissions of any new file; safetensors writes for its owner alone."""
+    os.umask(umask := os.umask(0))
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise ModuleNotFoundError, with what to type, unless the modules of an extra are installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"{what} needs {name}: pip install 'qtuning-kernels[{extra}]'", name=name)

@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from qtuning_kernels.models.collectives import world_size
 COMMANDS = (train, report, score, select, policies, fetch, info)
 _DEBUG = "--debug"
 _SECONDS_BEHIND_THE_FIRST = 60
+# what torch.save and safetensors say of a full disk
+_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
 
 
 class UsageError(ValueError):
@@ -31,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune language models on the samples and tokens that teach (Q-Tuning, "
         "arXiv 2509.23873). Start with: qtuning fetch, then qtuning train.",
     )
+    parser.add_argument("--version", action="version", version=f"qtuning-kernels {metadata.version('qtuning-kernels')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
@@ -153,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after success, 1 after a failure, whose cause is one line on stderr (and a traceback with
-        ``--debug``), 130 after an interrupt. Wrong usage exits with 2, as argparse does.
+        ``--debug``). Wrong usage exits with 2, as argparse does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -164,10 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        if _process("RANK") == 0:
-            print("qtuning: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe had enough; nothing is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -176,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _DEBUG in argv:
             traceback.print_exc()
         cause = " ".join(str(error).split()) or type(error).__name__
+        if any(sign in cause for sign in _DISK_FULL):
+            cause = (
+                f"no space is left on the disk; what was complete stays, and train --resume goes on with it ({cause})"
+            )
         where = f"process {_process('RANK')}: " if _process("RANK") else ""
         print(f"qtuning: error: {where}{cause}", file=sys.stderr)
         return 1

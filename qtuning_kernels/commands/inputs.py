@@ -163,6 +163,25 @@ def load_reference(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"reference_model": model, "reference_nll": file}
 
 
+def held_out(arguments: argparse.Namespace, inputs: Inputs, console: Any) -> Any:
+    """The samples that are evaluated and not trained on: of --eval-data, or a share taken out of `inputs`; or None."""
+    if arguments.eval_data is not None:
+        own = {"data": arguments.eval_data, "data_split": None, "data_config": None}
+        _, samples, report = load_data(argparse.Namespace(**vars(arguments) | own), inputs.tokenizer)
+        log(console, f"evaluation: {report}")
+        _check_vocabulary(samples, inputs.model)
+        return samples
+    if not arguments.eval_share:
+        return None
+    try:
+        parts = inputs.samples.train_test_split(arguments.eval_share, seed=arguments.seed)
+    except ValueError as error:
+        raise ValueError(f"--eval-share {arguments.eval_share}: {first_line(error)}") from None
+    inputs.samples = parts["train"].sort("sample_id")
+    log(console, f"{len(parts['test'])} samples are held out for evaluation, {len(inputs.samples)} trained on")
+    return parts["test"].sort("sample_id")
+
+
 def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     """(records, samples, report) of the data that is asked for."""
     from qtuning_kernels.data.sources import read_records
@@ -176,7 +195,7 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
         prompt_field=prompt_field,
         completion_field=completion_field,
         cutoff=arguments.cutoff,
-        skip_without_answer=arguments.skip_without_answer,
+        skip_unusable=arguments.skip_unusable,
     )
     return records, samples, report
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -23,12 +24,12 @@ _NOT_OPTIONS = ("parallelism_config", "hub_token", "do_train", "do_eval", "do_pr
 
 
 def above(least: int, kind: type = int) -> Callable[[str], Any]:
-    """argparse type: a number above `least`."""
+    """argparse type: a finite number above `least`."""
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not value > least:
-            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'a finite number ' * (value > least)}above {least}")
         return value
 
     convert.__name__ = kind.__name__  # which argparse's message has
@@ -50,12 +51,12 @@ def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = Fa
     )
     texts = {
         "--model PATH|NAME": "model folder, or its name on the Hugging Face hub",
-        "--data PATH|NAME": "JSON, JSON Lines or Parquet file, a folder of them, or a data set's name on the hub; "
-        "records in one of four shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + "
-        "input + output (Alpaca)",
+        "--data PATH|NAME": "JSON, CSV or Parquet file, a folder of them, or a data set's name on the hub; records in "
+        "one of these shapes: messages | conversations (ShareGPT) | prompt + completion | instruction + input + "
+        "output or response (Alpaca) | question + answer",
         "--data-split NAME": "split to take (default: train)",
         "--data-config NAME": "configuration of a hub data set that has several",
-        "--prompt-field COLUMN": "column of the prompt, where the shape is none of these",
+        "--prompt-field COLUMN": "column of the prompt, where the shape is none of these; several with commas",
         "--completion-field COLUMN": "column of the answer, likewise",
         "--tag-field COLUMN": "column whose values the summary counts by quadrant (default: planted, if there is one)",
     }
@@ -64,7 +65,7 @@ def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = Fa
         group.add_argument(name, metavar=metavar, help=text)
     group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
     group.add_argument(
-        "--skip-without-answer", action="store_true", help="leave out records without an answer, and count them"
+        "--skip-unusable", action="store_true", help="leave out records that cannot be used, and count them"
     )
 
 

@@ -60,7 +60,12 @@ class RunPanel(TrainerCallback):
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            text = f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}"
+            self.console.print(text, highlight=False, soft_wrap=True)
+        if "loss" not in logs:
             return
         self._logs = {
             name.removeprefix("qtuning/"): float(value)

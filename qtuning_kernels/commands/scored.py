@@ -53,10 +53,12 @@ def _score(inputs: Inputs, samples: list[Any], config: QTuningConfig, console: A
     from qtuning_kernels.models.causal_lm import CausalLM
     from qtuning_kernels.models.matmul import choose_precision
     from qtuning_kernels.models.scoring import Scorer, Scores
+    from qtuning_kernels.training.planner import refuse_nan
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = inputs.model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
     causal_lm = CausalLM(model)
+    causal_lm.check()
     precision = choose_precision(causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype)
     log(console, precision)
     scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens)
@@ -69,4 +71,6 @@ def _score(inputs: Inputs, samples: list[Any], config: QTuningConfig, console: A
         parts = torch.stack(scores[:3]).split(scores.cu_seqlens.diff().tolist(), dim=1)
         stats |= zip(chunk, parts, strict=True)
     nll, entropy, lse = torch.cat([stats[i] for i in range(len(samples))], dim=1)
-    return Scores(nll, entropy, lse, cu_seqlens_of(samples))
+    scores = Scores(nll, entropy, lse, cu_seqlens_of(samples))
+    refuse_nan(scores, samples)
+    return scores

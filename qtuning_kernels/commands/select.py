@@ -136,9 +136,10 @@ def with_answers(value: Any, answers: list[str]) -> Any:
     replaced = iter(answers)
     for turn in turns:
         text = "value" if "from" in turn else "content"
-        if turn.get("role", turn.get("from")) in ASSISTANT_NAMES:
+        if turn.get("role", turn.get("from")) in ASSISTANT_NAMES and turn.get("weight") != 0:
             answer = next(replaced, None)
-            if answer is None or not isinstance(turn.get(text), str) or turn.get("tool_calls"):
+            calls = turn.get("tool_calls") or turn.get("from") == "function_call"
+            if answer is None or not isinstance(turn.get(text), str) or calls:
                 return None
             turn[text] = answer
     return turns if next(replaced, None) is None else None

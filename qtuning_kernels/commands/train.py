@@ -9,14 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
-from qtuning_kernels.commands.inputs import load_inputs, load_reference
+from qtuning_kernels.commands.checkpoints import OPTIONS_FILE, SUMMARY_FILE
+from qtuning_kernels.commands.inputs import held_out, load_inputs, load_reference
 from qtuning_kernels.commands.terminal import log, quadrant_table
-from qtuning_kernels.files import write_atomic
+from qtuning_kernels.files import require, write_atomic
 from qtuning_kernels.models.collectives import agreed, gather
 from qtuning_kernels.run_record.schema import QUADRANT_LABELS
 
-OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
-_SUMMARY_FILE = "summary.json"
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
 _LOSS_STEPS = 5  # single steps train on so few samples that their losses are noise
 
@@ -35,6 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--help-all", action="help", help=text)
     options.add_config(parser)
     options.add_model_and_data(parser)
+    group = parser.add_argument_group("evaluation", "before the first step, with every checkpoint, and after the last.")
+    group.add_argument("--eval-data", metavar="PATH|NAME", help="data to evaluate on, read as --data is")
+    text = "share of the data that is evaluated on instead of trained on, in [0, 1) (default: 0)"
+    group.add_argument("--eval-share", type=float, default=0.0, metavar="X", help=text)
 
     group = parser.add_argument_group("pruning")
     options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING))
@@ -84,20 +87,24 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report and not qtuning.record:
         raise ValueError("--report draws the record of the run; accepted: without --no-record")
     output = arguments.output or Path("runs") / time.strftime("qtuning-%Y%m%d-%H%M%S")
+    _refuse_early(arguments)
     training = _training_arguments(arguments, output)  # in which the processes of a run meet
     first = training.process_index == 0
     console = Console(quiet=not first)
 
-    def verdict() -> tuple[Path, str | None]:
-        return output, checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None)
+    def verdict() -> tuple[Path, str | None, bool]:
+        asked = _options(arguments)
+        found = checkpoints.prepare_output(output, arguments.resume, given=arguments.output is not None, asked=asked)
+        return output, found, checkpoints.is_finished(output, found, asked)
 
     def prepare() -> tuple[Any, Any]:
         inputs = load_inputs(arguments, console)
+        evaluated = held_out(arguments, inputs, console)
         if arguments.lora_rank:
             inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
         if arguments.resume:
             log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
-        trainer = _trainer(training, inputs, qtuning, load_reference(arguments))
+        trainer = _trainer(training, inputs, evaluated, qtuning, load_reference(arguments))
         if first:
             _write_json(output / OPTIONS_FILE, _options(arguments))
         if first and qtuning.record:
@@ -105,7 +112,10 @@ def run(arguments: argparse.Namespace) -> None:
         return inputs, trainer
 
     # the first process looks at the folder, and names it: by the time, each would name its own
-    output, checkpoint = gather(agreed(verdict if first else lambda: None))[0]
+    output, checkpoint, finished = gather(agreed(verdict if first else lambda: None))[0]
+    if finished:  # Trainer would make another step
+        log(console, f"the run in {output} is finished: nothing was trained, its model and summary stay")
+        return _draw(arguments, output, console) if first else None
     training.output_dir = str(output)
     inputs, trainer = agreed(prepare)
     panel = RunPanel(console)
@@ -113,26 +123,47 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.eval_dataset is not None and trainer.state.global_step not in _evaluations(trainer):
+            trainer.evaluate()
     finally:
         panel.close()
     seconds = time.perf_counter() - started
-    finished = checkpoint == f"{output}/checkpoint-{trainer.state.global_step}" and (output / _SUMMARY_FILE).exists()
-    final = None if gather(finished)[0] else checkpoints.save_final(trainer, inputs.tokenizer, output)
+    final = checkpoints.save_final(trainer, inputs.tokenizer, output)
     trainer.accelerator.end_training()  # the last that the processes do together
     if not first:
         return
-    if final is None:
-        log(console, f"the run in {output} is finished: nothing was trained, its model and summary stay")
-    else:
-        summary = _summary(trainer, final, seconds)
-        _write_json(output / _SUMMARY_FILE, summary)
-        _print_summary(console, summary, output, inputs.tags)
+    summary = _summary(trainer, final, seconds)
+    _write_json(output / SUMMARY_FILE, summary)
+    _print_summary(console, summary, output, inputs.tags)
+    _draw(arguments, output, console)
+
+
+def _draw(arguments: argparse.Namespace, output: Path, console: Any) -> None:
     if arguments.report:
         from qtuning_kernels.report import build_report
 
         log(console, f"report in {build_report(output)}")
-    elif qtuning.record:
+    elif arguments.record:
         log(console, f"draw the run with: qtuning report {output}")
+
+
+def _refuse_early(arguments: argparse.Namespace) -> None:
+    """What would otherwise fail only after work was done."""
+    if arguments.lora_rank:
+        require("--lora-rank", "lora", "peft")
+    if arguments.report:
+        from qtuning_kernels.report import NEEDED
+
+        require("--report", "report", *NEEDED)
+    if not 0 <= arguments.eval_share < 1:
+        raise ValueError(f"--eval-share is {arguments.eval_share}; accepted: a number in [0, 1)")
+    if arguments.eval_share and arguments.eval_data is not None:
+        raise ValueError("--eval-share and --eval-data are both given; accepted: one of them")
+
+
+def _evaluations(trainer: Any) -> dict[int, float]:
+    """The loss of each evaluation by its step."""
+    return {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -147,10 +178,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_lora(model: Any, rank: int, seed: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("--lora-rank needs peft: pip install 'qtuning-kernels[lora]'") from None
+    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     set_seed(seed)  # the adapters start at random
@@ -172,6 +200,8 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,  # sample_id is no argument of the model
     }
+    if arguments.eval_data is not None or arguments.eval_share:
+        defaults |= {"eval_strategy": "steps", "eval_steps": arguments.save_steps, "eval_on_start": True}
     renamed = {
         "output_dir": str(output),
         "per_device_train_batch_size": arguments.batch_size,
@@ -190,7 +220,7 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     return training
 
 
-def _trainer(training: Any, inputs: Any, qtuning: Any, reference: dict[str, Any]) -> Any:
+def _trainer(training: Any, inputs: Any, evaluated: Any, qtuning: Any, reference: dict[str, Any]) -> Any:
     from transformers import PrinterCallback
 
     from qtuning_kernels import QTuningTrainer
@@ -199,6 +229,7 @@ def _trainer(training: Any, inputs: Any, qtuning: Any, reference: dict[str, Any]
         model=inputs.model,
         args=training,
         train_dataset=inputs.samples,
+        eval_dataset=evaluated,
         processing_class=inputs.tokenizer,
         qtuning=qtuning,
         **reference,
@@ -212,6 +243,7 @@ def _summary(trainer: Any, final: Path, seconds: float) -> dict[str, Any]:
     return trainer.qtuning_summary() | {
         "loss_first_steps": fmean(losses[:_LOSS_STEPS]) if losses else None,
         "loss_last_steps": fmean(losses[-_LOSS_STEPS:]) if losses else None,
+        "eval_loss": _evaluations(trainer),
         "wall_seconds": seconds,
         "checkpoint": str(final),
     }
@@ -237,12 +269,14 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
         "loss first, last": f"{number(summary['loss_first'])}, {number(summary['loss_last'])}; mean of the "
         f"first and last {_LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "
         f"{number(summary['loss_last_steps'])}",
+        "evaluation loss": ", ".join(f"{loss:.4f} at step {step}" for step, loss in summary["eval_loss"].items()),
         "precision": summary["precision"] or "",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()),
         "wall time": f"{summary['wall_seconds']:.1f} s",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     console.print(table, highlight=False)
     record = output / "record" / "samples.jsonl"
     if tags is not None and record.exists():

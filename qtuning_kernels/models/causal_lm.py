@@ -22,7 +22,7 @@ class CausalLM:
 
     Attributes:
         base: the `transformers` model itself, adapters injected.
-        decoder: its backbone, ``base.get_decoder()``.
+        decoder: its backbone: ``base.get_decoder()``, or where that is the model or its head, what it is built around.
         logit_scale, softcap: how the head's output becomes logits, read from the configuration.
 
     Raises:
@@ -44,9 +44,12 @@ class CausalLM:
                 "model uses prompt learning (prefix or prompt tuning), which changes the sequence; "
                 "accepted: adapters on weights, such as LoRA"
             )
-        self.decoder: nn.Module = self.base.get_decoder()
-        if self.decoder is self.base or self.base.get_output_embeddings() is None:
+        head = self.base.get_output_embeddings()
+        found = (self.base.get_decoder(), self.base.base_model, getattr(self.base, "model", None))
+        decoder = next((each for each in found if each not in (self.base, head, None)), None)
+        if decoder is None or head is None:
             raise ValueError(f"model must have a backbone and a language-model head, {name} has not both")
+        self.decoder: nn.Module = decoder
         self.logit_scale, self.softcap = _scaling(config.get_text_config())
         _head_module(self.base)  # refuses early
 
@@ -92,24 +95,26 @@ class CausalLM:
 
     @torch.no_grad()
     def check(self, model: nn.Module | None = None) -> None:
-        """Compares the model's own logits with those of its parts on a few tokens.
+        """Compares the logits of a few tokens with those of the parts, and with those under another last token.
 
         Args:
             model: what the trainer got from wrapping `base`; default `base` itself.
 
         Raises:
-            ValueError: they differ, so the model does something between backbone and logits that this
-                package does not know, and its scores and losses would be wrong.
+            ValueError: the parts' differ, so the model does something between backbone and logits that this
+                package does not know; or the last token changes earlier logits, so that the model is not causal.
+                Its scores and losses would be wrong.
         """
         model = self.base if model is None else model
         device = next(self.base.parameters()).device
-        input_ids = torch.arange(4, device=device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        input_ids = torch.arange(5, device=device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        other, input_ids = input_ids[:, [0, 1, 2, 4]], input_ids[:, :4]
         rows = torch.arange(4, device=device)
         with evaluation(self.base):
-            expected = model(input_ids=input_ids, use_cache=False).logits[0]
+            expected, changed = (model(input_ids=ids, use_cache=False).logits[0] for ids in (input_ids, other))
             logits = self.forward(model, input_ids, None, rows, nn.functional.linear)
         eps = torch.finfo(logits.dtype).eps
-        expected, logits = expected.float(), logits.float() * self.logit_scale
+        expected, changed, logits = expected.float(), changed.float(), logits.float() * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         finite = torch.isfinite(expected)
@@ -119,6 +124,11 @@ class CausalLM:
                 f"the logits of {type(self.base).__name__} are not "
                 f"softcap·tanh(scale·head(backbone)/softcap) with scale={self.logit_scale} and "
                 f"softcap={self.softcap}: this architecture is not supported"
+            )
+        if (expected - changed)[:3][finite[:3]].abs().gt(tolerance / 4).any():
+            raise ValueError(
+                f"the logits of {type(self.base).__name__} depend on later tokens; accepted: a causal model (of some "
+                "architectures one whose configuration has is_decoder=True)"
             )
 
 
@@ -175,9 +185,11 @@ def _scaling(config: Any) -> tuple[float, float | None]:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon H1
         if (factor := getattr(config, name, None)) is not None:
             scale *= factor
-    if (factor := getattr(config, "logits_scaling", None)) is not None:
-        scale = scale * factor if config.model_type == "hyperclovax" else scale / factor  # Granite divides
-    return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite, Inkling
+        if (factor := getattr(config, name, None)) is not None:
+            scale = scale * factor if config.model_type == "hyperclovax" else scale / factor
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+    return float(scale), next((cap for name in caps if (cap := getattr(config, name, None)) is not None), None)
 
 
 def _head_module(base: "PreTrainedModel") -> nn.Linear:

@@ -155,9 +155,10 @@ def score_samples(
         `Scores`: nll, entropy and lse ``[T]``, cu_seqlens ``[B+1]``, on the model's device.
 
     Raises:
-        ValueError: an unsupported model (see `CausalLM`), or a malformed sample.
+        ValueError: an unsupported model (see `CausalLM` and its `check`), or a malformed sample.
     """
     causal_lm = CausalLM(model)
+    causal_lm.check()
     ready = [
         s if isinstance(s, Sample) else to_sample(s["input_ids"], s["labels"], s.get("sample_id")) for s in samples
     ]

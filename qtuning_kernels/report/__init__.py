@@ -1,9 +1,10 @@
 """The report of a run or of a scored data set: one page that works offline."""
 
-import importlib
 from pathlib import Path
 
-_NEEDED = ("jinja2", "plotly")
+from qtuning_kernels.files import require
+
+NEEDED = ("jinja2", "plotly")
 
 
 def build_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -21,13 +22,7 @@ def build_report(run: str | Path, output: str | Path | None = None) -> Path:
         RecordError: there is nothing to draw at `run`, or this version cannot read it.
         ModuleNotFoundError: the libraries of the ``report`` extra are missing.
     """
-    for name in _NEEDED:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"qtuning report needs {name}: pip install 'qtuning-kernels[report]'", name=name
-            ) from error
+    require("qtuning report", "report", *NEEDED)
     from qtuning_kernels.report.page import write_page
 
     return write_page(Path(run), None if output is None else Path(output))

@@ -2,11 +2,14 @@
 
 import json
 import warnings
+import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path:
-    """The newest complete checkpoint of a run. One that a kill left half-written is passed over.
+    """The newest complete checkpoint of a run. One that is half-written or lacks a file is passed over, with a warning.
 
     Raises:
         FileNotFoundError: there is none.
@@ -17,10 +20,28 @@ def latest_checkpoint(output_dir: str | Path) -> Path:
         reverse=True,
     )
     for folder in folders:
-        try:
-            json.loads((folder / "trainer_state.json").read_text())  # Trainer writes it last
-        except (OSError, ValueError):
-            warnings.warn(f"{folder} is incomplete and passed over", stacklevel=2)
-            continue
-        return folder
+        defect = _defect(folder)
+        if defect is None:
+            return folder
+        warnings.warn(f"{folder} is incomplete and passed over: {defect}", stacklevel=2)
     raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from")
+
+
+def _defect(folder: Path) -> str | None:
+    """What keeps a run from going on from this checkpoint: a file that is missing or cut short."""
+    if not (folder / "trainer_state.json").exists():  # Trainer writes it last
+        return "trainer_state.json is missing"
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
+        return "optimizer.pt is missing"
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # compares the length with the header
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # whose directory is its end
+                return f"{file.name} is cut short"
+        except (OSError, ValueError, SafetensorError):
+            return f"{file.name} is cut short"
+    return None

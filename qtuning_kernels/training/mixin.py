@@ -19,6 +19,7 @@ from transformers.utils import logging
 from qtuning_kernels.config import QTuningConfig
 from qtuning_kernels.data.batches import BatchKind, put_together, take_apart
 from qtuning_kernels.data.samples import Sample, without_labels
+from qtuning_kernels.files import share
 from qtuning_kernels.models.causal_lm import CausalLM
 from qtuning_kernels.models.collectives import gather
 from qtuning_kernels.models.matmul import Precision, float32_matmul
@@ -176,13 +177,16 @@ class QTuningMixin(Host):
         """As the host's, which writes nothing of a sharded state and says nothing; of a checkpoint it is a part."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or (_internal_call and output_dir):
-            return super().save_model(output_dir, _internal_call)
-        kept = plugin.state_dict_type
-        plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
             super().save_model(output_dir, _internal_call)
-        finally:
-            plugin.set_state_dict_type(kept)  # that of checkpoints, and of resuming
+        else:
+            kept = plugin.state_dict_type
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+            try:
+                super().save_model(output_dir, _internal_call)
+            finally:
+                plugin.set_state_dict_type(kept)  # that of checkpoints, and of resuming
+        if self.args.should_save:
+            share(Path(output_dir or cast(str, self.args.output_dir)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._window.steps:

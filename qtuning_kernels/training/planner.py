@@ -126,7 +126,7 @@ class StepPlanner:
                 if self.policy.needs & SCORED:
                     all_scores, age = self.cache.score(samples, int(epoch), self._score)
                     scores = _split(all_scores, pools)
-                    _refuse_nan(all_scores, samples)
+                    refuse_nan(all_scores, samples)
                 stats = [self._pool_stats(i, pool, scores, step, total_steps) for i, pool in enumerate(pools)]
             with clock.phase("select"):
                 shared = self.world_size > 1 and self.config.selection_scope == "global"
@@ -203,7 +203,7 @@ def _split(scores: Scores, pools: list[list[Sample]]) -> list[Scores]:
     return parts
 
 
-def _refuse_nan(scores: Scores, samples: Sequence[Sample]) -> None:
+def refuse_nan(scores: Scores, samples: Sequence[Sample]) -> None:
     """NaN everywhere is a broken model; NaN in some samples makes those ineligible (decision d)."""
     starts = scores.cu_seqlens.tolist()
     nan = torch.isnan(scores.nll) | torch.isnan(scores.entropy)

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qtuning_kernels
 from qtuning_kernels import triage_samples
 from qtuning_kernels.commands import checkpoints, cli
 from qtuning_kernels.demo import assets as fetch_module
+from qtuning_kernels.training.checkpoints import latest_checkpoint
 
 from .conftest import KINDS, ROWS
 
@@ -157,7 +159,7 @@ def test_score_writes_the_plane(options, data, tmp_path, capsys):
     output = tmp_path / "planes" / "plane.parquet"
     assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0
     table = pq.read_table(output)
-    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "planted", "prompt", "answer"]
+    names = ["sample_id", "ppl", "entropy", "num_tokens", "quadrant", "role", "nll", "planted", "prompt", "answer"]
     assert table.column_names == names
     columns = table.to_pydict()
     assert columns["sample_id"] == list(range(24))
@@ -269,3 +271,73 @@ def test_the_final_model_is_replaced_whole(tmp_path):
     assert checkpoints.save_final(Trainer(), Tokenizer(), tmp_path) == tmp_path / "final"
     assert sorted(p.name for p in (tmp_path / "final").iterdir()) == ["tokens", "weights"]
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"qtuning-kernels {qtuning_kernels.__version__}\n")
+
+
+def test_models_have_the_permissions_of_any_new_file(options, tmp_path):
+    """safetensors writes for its owner alone, so that nobody else could load a shared model."""
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--max-steps", "1"]) == 0
+    (tmp_path / "new").touch()
+    for file in (output / "final" / "model.safetensors", output / "checkpoint-1" / "model.safetensors"):
+        assert file.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_evaluation_before_during_and_after(options, model, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--max-steps", "5", "--save-steps", "2"]
+    assert cli.main([*arguments, "--eval-data", str(data), "--learning-rate", "0.01", "--batch-size", "8"]) == 0
+    losses = json.loads((output / "summary.json").read_text())["eval_loss"]
+    assert list(losses) == ["0", "2", "4", "5"]
+    assert losses["5"] < losses["0"]
+    assert f"{losses['0']:.4f} at step 0" in capsys.readouterr().out
+    # the mean over batches of the model's own loss, as `Trainer` evaluates
+    causal, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    nll = []
+    for row in ROWS:
+        prompt = tokenizer(row["question"]).input_ids
+        answer = tokenizer(row["answer"]).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            loss = causal(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
+        nll.append((loss.item() * len(answer), len(answer)))
+    batches = [nll[i : i + 8] for i in range(0, len(nll), 8)]
+    means = [sum(total for total, _ in batch) / sum(count for _, count in batch) for batch in batches]
+    assert losses["0"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+def test_a_held_out_share_is_not_trained_on(options, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--eval-share", "0.25", "--epochs", "2"]) == 0
+    assert "6 samples are held out for evaluation, 18 trained on" in capsys.readouterr().out
+    assert len({row["id"] for row in record(output)}) == 18
+    assert json.loads((output / "summary.json").read_text())["eval_loss"].keys() >= {"0"}
+    for share in ("1", "-0.1", "nan", "0.999"):
+        assert cli.main(["train", *options, "--eval-share", share]) == 1
+        assert (
+            f"--eval-share {'is ' * (share != '0.999')}{share.replace('1', '1.0', share == '1')}"
+            in capsys.readouterr().err
+        )
+
+
+def test_a_checkpoint_that_lacks_a_file_or_part_of_one_is_passed_over(options, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--save-steps", "1", "--save-total-limit", "9"]
+    assert cli.main([*arguments, "--max-steps", "5"]) == 0
+    newest = [output / f"checkpoint-{step}" for step in (5, 4, 3, 2)]
+    (newest[0] / "optimizer.pt").unlink()
+    for file in (newest[1] / "model.safetensors", newest[2] / "scheduler.pt", newest[3] / "trainer_state.json"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert latest_checkpoint(output) == output / "checkpoint-1"
+    defects = ["optimizer.pt is missing", *(f"{name} is cut short" for name in ("model.safetensors", "scheduler.pt"))]
+    defects.append("trainer_state.json is cut short")
+    told = [str(warning.message) for warning in caught]
+    assert told == [
+        f"{folder} is incomplete and passed over: {defect}" for folder, defect in zip(newest, defects, strict=True)
+    ]

@@ -1,11 +1,15 @@
 """The command line: how each failure ends."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qtuning_kernels.__main__ import main as command_line
 from qtuning_kernels.commands import cli
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -112,9 +116,11 @@ def test_bad_input_ends_in_one_line(option, make, message, options, model, tmp_p
 
 
 def test_unknown_shape_names_the_columns(model, data, capsys):
-    assert cli.main(["train", "--model", str(model), "--data", str(data)]) == 1
+    data = shutil.copy(data, "other.jsonl")
+    Path(data).write_text(Path(data).read_text().replace('"answer"', '"reply"'))
+    assert cli.main(["train", "--model", str(model), "--data", data]) == 1
     error = capsys.readouterr().err
-    assert "unknown shape: columns found: question, answer, planted" in error
+    assert "unknown shape: columns found: question, reply, planted" in error
     assert "--prompt-field" in error
 
 
@@ -155,4 +161,130 @@ def test_interrupt_ends_with_130(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "parse", interrupt)
-    assert cli.main(["info"]) == 130
+    assert command_line(["info"]) == 130
+
+
+def test_a_folder_without_a_run_is_not_resumed(options, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert cli.main(["train", *options, "--output", str(other), "--resume"]) == 1
+    assert f"nothing to resume: {other} has neither options.json nor a checkpoint" in capsys.readouterr().err
+    assert [f.name for f in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_is_resumed_with_its_own_options_alone(options, data, tmp_path, capsys):
+    """Other data, model, seed, pool or ratios went on under the old optimizer, and --learning-rate had no effect."""
+    output = tmp_path / "run"
+    arguments = ["train", "--output", str(output)]
+    assert cli.main([*arguments, *options, "--max-steps", "1", "--batch-size", "8"]) == 0
+    files = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    other = shutil.copy(data, tmp_path / "other.jsonl")
+    changes = {"--data": other, "--model": "./other", "--seed": "7", "--batch-size": "4", "--sample-ratio": "0.5"}
+    changes |= {"--token-ratio": "0.9", "--lora-rank": "2", "--learning-rate": "0.1", "--eval-share": "0.5"}
+    for option, changed in changes.items():
+        assert cli.main([*arguments, "--resume", option, str(changed)]) == 1
+        error = capsys.readouterr().err
+        assert f"error: {option} is " in error
+        assert f"and the run in '{output}' has " in error
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert f"the run in {output} is finished" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
+    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 0
+
+
+def test_one_process_in_an_output_folder(options, tmp_path, capsys):
+    output = tmp_path / "run"
+    script = (
+        "import sys, time; from pathlib import Path; from qtuning_kernels.commands.checkpoints import prepare_output"
+    )
+    script += f"; prepare_output(Path({str(output)!r}), False); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        assert cli.main(["train", *options, "--output", str(output)]) == 1
+        assert f"output '{output}' is in use by process {first.pid}" in capsys.readouterr().err
+        first.kill()
+    assert cli.main(["train", *options, "--output", str(output), "--max-steps", "1"]) == 0  # a kill leaves no lock
+
+
+def test_weights_that_are_not_finite_are_no_final_model(options, tmp_path, monkeypatch, capsys):
+    """The last step of a run made them so, and no scoring came after it; exit status 0 and a model of NaN."""
+    from transformers import Trainer
+
+    inner = Trainer._inner_training_loop
+
+    def loop(self, *args, **kwargs):
+        output = inner(self, *args, **kwargs)
+        with torch.no_grad():
+            self.model.model.norm.weight[0] = torch.inf
+        return output
+
+    monkeypatch.setattr(Trainer, "_inner_training_loop", loop)
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--max-steps", "1"]) == 1
+    assert "the trained weights are not finite (the first is model.norm.weight)" in capsys.readouterr().err
+    assert not (output / "final").exists()
+    assert not (output / "summary.json").exists()
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e999"])
+def test_a_learning_rate_is_finite(value, options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *options, "--learning-rate", value])
+    assert ended.value.code == 2
+    assert f"--learning-rate: {value} is not" in capsys.readouterr().err
+
+
+def test_scores_of_nan_are_a_failure(options, model, tmp_path, capsys):
+    for command in ("score", "select"):
+        assert cli.main([command, *options, "--model", str(with_nan(model, tmp_path / command))]) == 1
+        assert "the model gives NaN for every sample" in capsys.readouterr().err
+    assert not list(tmp_path.glob("plane.parquet")) + list(tmp_path.glob("selected.jsonl"))
+
+
+def test_ratios_and_output_are_refused_before_the_model_is_loaded(options, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("qtuning_kernels.commands.inputs.load_model", lambda _: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    for command in ("score", "select"):
+        assert cli.main([command, *options, "--sample-ratio", "7"]) == 1
+        assert "--sample-ratio is 7.0" in capsys.readouterr().err
+        assert cli.main([command, *options, "--output", str(tmp_path / "file" / "out")]) == 1
+        assert str(tmp_path / "file") in capsys.readouterr().err
+    assert cli.main(["train", *options, "--output", str(tmp_path / "file" / "out")]) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Errno 28] No space left on device",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 146432 vs 146320",
+    ],
+)
+def test_a_full_disk_is_called_that(text, monkeypatch, capsys):
+    monkeypatch.setattr("qtuning_kernels.commands.info.run", lambda _: (_ for _ in ()).throw(RuntimeError(text)))
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err.startswith("qtuning: error: no space is left on the disk; what was complete stays")
+
+
+def test_what_is_missing_is_said_before_any_work(options, monkeypatch, capsys):
+    monkeypatch.setattr("qtuning_kernels.commands.train.load_inputs", lambda *_: pytest.fail("loaded"))
+    for module, extra, option in (("peft", "lora", ["--lora-rank", "2"]), ("plotly", "report", ["--report"])):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, module, None)
+            assert cli.main(["train", *options, *option]) == 1
+        assert f"{option[0]} needs {module}: pip install 'qtuning-kernels[{extra}]'" in capsys.readouterr().err
+    monkeypatch.setattr("qtuning_kernels.demo.assets._download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert cli.main(["fetch"]) == 1
+    assert "needs gguf: pip install 'qtuning-kernels[demo]'" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_libraries_load_is_one_line():
+    """Importing PyTorch takes seconds, in which Ctrl-C gave its traceback."""
+    script = "import sys; from qtuning_kernels.__main__ import main"
+    script += "\nassert 'torch' not in sys.modules\nclass Interrupt:\n    def find_spec(self, name, *_):\n"
+    script += "        if name == 'torch': raise KeyboardInterrupt\nsys.meta_path.insert(0, Interrupt())\n"
+    script += "sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "qtuning: interrupted\n")

@@ -176,6 +176,12 @@ def test_text_of_conversations(model, tmp_path, monkeypatch):
         ([{"role": "assistant", "content": "old"}], [], None),
         ([{"role": "assistant", "content": "old"}], ["a", "b"], None),
         ([{"role": "assistant", "content": None, "tool_calls": [1]}], ["a"], None),
+        ([{"from": "function_call", "value": "{}"}], ["a"], None),
+        (
+            [{"role": "assistant", "content": "x", "weight": 0}, {"role": "assistant", "content": "old"}],
+            ["new"],
+            [{"role": "assistant", "content": "x", "weight": 0}, {"role": "assistant", "content": "new"}],
+        ),
     ],
 )
 def test_with_answers(value, answers, result):

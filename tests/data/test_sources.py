@@ -1,7 +1,10 @@
 """Reading: every kind of source gives the same records, and every kind of damage names its place."""
 
+import bz2
+import gzip
 import json
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -23,7 +26,21 @@ def json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@pytest.fixture(params=["jsonl", "json-array", "json-lines-in-json", "blank-lines", "bom", "parquet", "saved", "dict"])
+# name -> what is in it
+TEXTS = {
+    "a.JSONL": json_lines(ROWS),
+    "no-suffix": json_lines(ROWS),
+    "array.jsonl": json.dumps(ROWS, indent=1),
+    "data.json": json.dumps({"version": "1", "data": ROWS}),
+    "a.jsonl.gz": gzip.compress(json_lines(ROWS).encode()),
+    "a.JSON.bz2": bz2.compress(json.dumps(ROWS).encode()),
+    "a.jsonl.zst": pyarrow.compress(json_lines(ROWS).encode(), "zstd", asbytes=True),
+}
+
+
+@pytest.fixture(
+    params=["jsonl", "json-array", "json-lines-in-json", "blank-lines", "bom", "parquet", "saved", "dict", *TEXTS]
+)
 def source(request, tmp_path):
     name = request.param
     if name == "parquet":
@@ -35,6 +52,8 @@ def source(request, tmp_path):
     if name == "dict":
         DatasetDict(train=Dataset.from_list(FILLED), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "d")
         return tmp_path / "d"
+    if name in TEXTS:
+        return write(tmp_path / name, TEXTS[name])
     text = {
         "jsonl": json_lines(ROWS),
         "json-array": json.dumps(ROWS, indent=2),
@@ -96,7 +115,16 @@ DAMAGED = {
     "blank": ("a.json", " \n\n", r"a.json: the file is empty"),
     "no records": ("a.json", "[]", r"a.json: holds no record"),
     "not parquet": ("a.parquet", "PAR1 and then nothing", r"a.parquet: not a readable Parquet file"),
-    "unknown suffix": ("a.csv", "a,b\n", r"'a.csv' does not end in one of .json, .jsonl, .ndjson, .parquet"),
+    "unknown suffix": (
+        "a.txt",
+        "a,b\n",
+        r"'a.txt' does not end in one of .json, .jsonl, .ndjson, .csv, .tsv, .parquet",
+    ),
+    "not gzip": ("a.jsonl.gz", "{}", r"a.jsonl.gz: cannot be read: "),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(json_lines(ROWS * 50).encode())[:-20], r"a.jsonl.gz: cannot be read: "),
+    "short row": ("a.csv", "a,b\n1,2\n3\n", r"a.csv:3: not as many fields as the 2 of the first line"),
+    "long row": ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv:2: not as many fields as the 2"),
+    "open quote": ("a.csv", 'a,b\n1,"2\n', r"a.csv:1: broken table: unexpected end of data"),
 }
 
 
@@ -106,10 +134,26 @@ def test_damage_names_its_place(tmp_path, name, content, message):
         read_records(write(tmp_path / name, content))
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.TSV", "\t"), ("a.csv.gz", ",")])
+def test_tables_hold_text(tmp_path, name, delimiter):
+    """A reader that infers types turns 007 into 7, and NA into nothing."""
+    text = "\ufeff" + 'question,answer\r\n"a, ""b""\nc",007\r\nNA,2024-01-01\r\n'.replace(",", delimiter)
+    text = text.replace(f"a{delimiter} ", "a, ")
+    records = read_records(write(tmp_path / name, gzip.compress(text.encode()) if name.endswith("gz") else text))
+    assert list(records) == [{"question": 'a, "b"\nc', "answer": "007"}, {"question": "NA", "answer": "2024-01-01"}]
+    assert records.location(1) == f"{tmp_path / name}:4"
+
+
+def test_a_folder_of_several_kinds(tmp_path):
+    write(tmp_path / "train-0.JSONL", json_lines(ROWS[:1]))
+    write(tmp_path / "train-1.csv", "prompt,completion\np3,c3\n")
+    assert list(read_records(tmp_path)) == [ROWS[0], {"prompt": "p3", "completion": "c3"}]
+
+
 def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="holds no file that ends in"):
         read_records(tmp_path)
     write(tmp_path / "a.jsonl", json_lines(ROWS))
     Dataset.from_list(ROWS).to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="JSON and Parquet files at once"):
+    with pytest.raises(DataError, match="Parquet and other files at once"):
         read_records(tmp_path)

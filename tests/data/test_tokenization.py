@@ -1,6 +1,7 @@
 """Training samples: every shape gives the same tokens, labels cover answers alone, cuts leave an answer."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,10 @@ SHAPES = {
     "prompt-completion, messages": {"prompt": chat(("user", "2+2?")), "completion": chat(("assistant", "4"))},
     "alpaca": {"instruction": "2+2?", "input": "", "output": "4"},
     "alpaca, no input": {"instruction": "2+2?", "output": "4"},
+    "alpaca, response": {"instruction": "2+2?", "context": None, "response": "4"},
+    "question-answer": {"question": "2+2?", "answer": "4"},
+    "messages, weight 1": {"messages": [m | {"weight": 1} for m in chat(("user", "2+2?"), ("assistant", "4"))]},
+    "prompt-completion, wanted": {"prompt": "2+2?", "completion": "4", "label": True},
 }
 
 
@@ -199,7 +204,7 @@ WITHOUT_ANSWER = {
 def test_record_without_an_answer(row, reason):
     with pytest.raises(DataError, match=f"test.jsonl:2: no answer: {reason}"):
         tokenize(GOOD, row, GOOD)
-    dataset, report = tokenize(GOOD, row, GOOD, skip_without_answer=True)
+    dataset, report = tokenize(GOOD, row, GOOD, skip_unusable=True)
     assert dataset["sample_id"][:] == [0, 2]
     assert (report.read, report.skipped) == (3, 1)
     assert report.skipped_examples == [f"test.jsonl:2: no answer: {reason}"]
@@ -248,8 +253,8 @@ def test_templates_that_cannot_serve(template, reason):
 
 
 def test_unknown_shape_lists_the_columns():
-    with pytest.raises(DataError, match=r"unknown shape: columns found: question, answer; accepted: messages"):
-        tokenize({"question": "2+2?", "answer": "4"})
+    with pytest.raises(DataError, match=r"unknown shape: columns found: query, answer; accepted: messages"):
+        tokenize({"query": "2+2?", "answer": "4"})
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_cutoff_below_two():
 
 def test_nothing_left():
     with pytest.raises(DataError, match=r"no record has an answer token; test.jsonl:1"):
-        tokenize({"prompt": "a", "completion": ""}, skip_without_answer=True)
+        tokenize({"prompt": "a", "completion": ""}, skip_unusable=True)
 
 
 def test_from_file(tmp_path):
@@ -283,7 +288,7 @@ def test_from_file(tmp_path):
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({"prompt": "a"}) + "\n")
     with pytest.raises(DataError, match=f"^{path}:3: no answer"):
         load_sft_dataset(path, byte_tokenizer())
-    dataset, _ = load_sft_dataset(path, byte_tokenizer(), skip_without_answer=True)
+    dataset, _ = load_sft_dataset(path, byte_tokenizer(), skip_unusable=True)
     assert len(dataset) == 1
 
 
@@ -292,3 +297,137 @@ def test_more_records_than_one_batch():
     assert dataset["sample_id"][:] == list(range(2100))
     assert texts(dataset[2099])[1] == "2099<|im_end|>"
     assert report.read == 2100
+
+
+# writes tools and tool calls, as templates of models that have them do
+TOOLS = (
+    "{% if tools %}{{ 'tools: ' + tools | tojson + '\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') }}{% for call in m['tool_calls'] or [] %}"
+    "{{ call.function.name + call.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": json.dumps({"a": 2, "b": None})}}
+CALLED = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "tool_call_id": "1"},
+    {"role": "assistant", "content": "4"},
+]
+SHAREGPT_CALLED = [
+    {"from": "human", "value": "2+2?"},
+    {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 2, "b": None}})},
+    {"from": "observation", "value": "4"},
+    {"from": "gpt", "value": "4"},
+]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CALLED, "tools": [ADD]},
+        {"messages": CALLED, "tools": json.dumps([ADD])},
+        {"conversations": SHAREGPT_CALLED, "tools": json.dumps([ADD])},
+        # Parquet's union of the keys of all messages
+        {"messages": [{"content": None, "tool_calls": None, "tool_call_id": None} | m for m in CALLED], "tools": [ADD]},
+    ],
+    ids=["openai", "openai, text", "sharegpt", "parquet"],
+)
+def test_tool_calls_and_tools_reach_the_template(row):
+    tokenizer = byte_tokenizer(TOOLS)
+    text, labelled = texts(tokenize(row, tokenizer=tokenizer)[0][0])
+    assert text.startswith(f"tools: {json.dumps([ADD])}\n<|im_start|>user\n2+2?")
+    assert labelled == 'add{"a": 2, "b": null}<|im_end|>4<|im_end|>'
+
+
+UNUSABLE = {
+    "image column": ({"images": ["a.png"], **GOOD}, "column 'images' is not empty; accepted: records of text alone"),
+    "placeholder": (
+        {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]},
+        "message 1 has the placeholder <image>",
+    ),
+    "image part": (
+        {"messages": chat(("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ("assistant", "4"))},
+        "message 1 has a content part of type 'image_url'; accepted: 'text'",
+    ),
+    "dropped call": ({"messages": CALLED}, "the model's chat template drops the tool 'add'"),
+    "dropped tools": (
+        {"messages": chat(("user", "q"), ("assistant", "a")), "tools": [ADD]},
+        "the model's chat template drops the tool 'add'",
+    ),
+    "broken call": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(2)"}]},
+        "the function call of turn 2 is no JSON",
+    ),
+    "half a weight": ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "has weight 0.5"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_what_cannot_be_trained_on_as_meant_is_refused_or_counted(row, message):
+    good = {"messages": chat(("user", "a"), ("assistant", "b"))} if "messages" in row else GOOD
+    good = (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+        if ("conversations" in row)
+        else good
+    )
+    with pytest.raises(DataError, match=f"test.jsonl:2: .*{re.escape(message)}.*--skip-unusable"):
+        tokenize(good, row)
+    dataset, report = tokenize(good, row, skip_unusable=True)
+    assert dataset["sample_id"][:] == [0]
+    assert (report.read, report.skipped) == (2, 1)
+
+
+def test_text_about_media_is_text():
+    html = {"prompt": "<video>\n<source src=a>\n</video>", "completion": "Use <image>"}
+    assert "<video>" in texts(tokenize(html)[0][0])[0]
+
+
+def test_answers_that_are_not_wanted_are_left_out_and_counted():
+    turns = [m | {"weight": w} for m, w in zip(CONVERSATION, (None, None, 0, None, 1), strict=True)]
+    dataset, report = tokenize({"messages": turns}, {"messages": [m | {"weight": 0} for m in CONVERSATION]})
+    text, labelled = texts(dataset[0])
+    assert labelled == " a2 <|im_end|>"
+    assert "a1<|im_end|>" in text
+    assert (len(dataset), report.skipped, report.untrained_answers) == (1, 1, 1)
+    assert "1 answers have weight 0 and are not trained on" in str(report)
+    kto = [GOOD | {"label": True}, GOOD | {"label": False}]
+    dataset, report = tokenize(*kto)
+    assert dataset["sample_id"][:] == [0]
+    assert report.skipped_examples == ["test.jsonl:2: 'label' is false: an answer that is not wanted"]
+
+
+@pytest.mark.parametrize("template", [None, SMOLLM2_TEMPLATE])
+def test_a_special_token_in_the_data_is_text(template):
+    """An answer that explains <|im_end|> would teach to end in its middle, and a prompt could open a turn."""
+    tokenizer = byte_tokenizer(template, bos=template is None)
+    spelled = tokenize({"prompt": "Is <|im_start|> one?", "completion": "No, <|im_end|> is."}, tokenizer=tokenizer)[0][
+        0
+    ]
+    other = tokenize({"prompt": "Is [|im_start|] one?", "completion": "No, [|im_end|] is."}, tokenizer=tokenizer)[0][0]
+    brackets = dict(
+        zip(
+            tokenizer("[]").input_ids[-2 - (template is None) :][:2],
+            tokenizer("<>").input_ids[-2 - (template is None) :][:2],
+            strict=True,
+        )
+    )
+    for column in ("input_ids", "labels"):
+        assert spelled[column] == [brackets.get(token, token) for token in other[column]]
+    assert spelled["input_ids"].count(1) == (1 if template is None else 3)  # those that end a turn
+
+
+def test_several_columns_of_a_prompt():
+    row = {"Body": "B", "Note": None, "Question": "Q", "Answer": "A"}
+    dataset, report = tokenize(row, prompt_field="Body,Note,Question", completion_field="Answer")
+    assert "user\nB\n\nQ<|im_end|>" in texts(dataset[0])[0]
+    assert report.columns == ("Body", "Note", "Question", "Answer")
+    with pytest.raises(DataError, match="prompt_field='Remark' is not a column"):
+        tokenize(row, prompt_field="Body,Remark", completion_field="Answer")
+
+
+def test_mixed_shapes_name_record_and_shape():
+    with pytest.raises(
+        DataError, match=r"test.jsonl:2: .*its columns are those of alpaca; this data is read as messages"
+    ):
+        tokenize({"messages": chat(("user", "a"), ("assistant", "b"))}, {"instruction": "a", "output": "b"})

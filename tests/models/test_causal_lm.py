@@ -5,7 +5,9 @@ import torch
 import transformers
 
 from qtuning_kernels.models.causal_lm import CausalLM, backbone
-from tests.tiny import ARCHITECTURES, tiny_model
+from qtuning_kernels.models.scoring import score_samples
+from tests.models.tiny_architectures import tiny_architecture
+from tests.tiny import ARCHITECTURES, tiny_model, tiny_samples
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -24,6 +26,37 @@ def test_scaling_is_read_from_the_configuration():
     causal_lm = CausalLM(transformers.AutoModelForCausalLM.from_config(cohere))
     assert causal_lm.logit_scale == 0.25
     causal_lm.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "scaling"),
+    [
+        ("recurrent_gemma", {"lru_width": 32, "attention_window_size": 16, "logits_soft_cap": 0.5}, (1.0, 0.5)),
+        ("xlstm", {"num_heads": 2, "output_logit_soft_cap": 0.5}, (1.0, 0.5)),
+        ("inkling_text", {"head_dim": 8, "logits_mup_width_multiplier": 0.25}, (4.0, None)),
+        ("minicpm3", {"dim_model_base": 8}, (0.25, None)),
+        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 48}, (1.0, None)),  # get_decoder() is the model
+    ],
+)
+def test_scaling_under_other_names_and_a_decoder_that_is_the_model(kind, sizes, scaling):
+    model = tiny_architecture(kind, **sizes)
+    causal_lm = CausalLM(model)
+    assert (causal_lm.logit_scale, causal_lm.softcap) == scaling
+    causal_lm.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_sees_later_tokens_is_refused(dtype):
+    """Its parts give its logits, so nothing else tells that the token to predict is among what it reads.
+
+    In bfloat16 the weights are as large as trained ones: with weights of 0.02 attention hardly shows in its 8 bits.
+    """
+    model = tiny_architecture("bert-generation", is_decoder=False, initializer_range=0.2).to(dtype)
+    with pytest.raises(ValueError, match="the logits of BertGenerationDecoder depend on later tokens"):
+        CausalLM(model).check()
+    with pytest.raises(ValueError, match="depend on later tokens"):
+        score_samples(model, tiny_samples(2))
+    CausalLM(tiny_architecture("bert-generation", is_decoder=True).to(dtype)).check()
 
 
 @pytest.mark.parametrize(("architecture", "attribute"), [("gemma2", "softcap"), ("granite", "logit_scale")])

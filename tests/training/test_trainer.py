@@ -187,6 +187,7 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(state)
+        torch.save({}, folder / "optimizer.pt")
     with pytest.warns(UserWarning, match="checkpoint-10 is incomplete"):
         assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
