@@ -4,6 +4,8 @@ Its tensors hold others; the dispatch mode `FakeGpu` sees every operator on them
 registers stays registered.
 """
 
+import traceback
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,12 +66,12 @@ class FakeGpu(TorchDispatchMode):
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
         if comes or name in READS or masked:
-            self.waits.append(name)
+            self._wait(name)
         elif goes and name == "_to_copy" and not there:
             if kwargs.get("non_blocking"):
                 self.asynchronous_copies += 1
             else:
-                self.waits.append("blocking copy to the device")
+                self._wait("blocking copy to the device")
         result = func(*tree_map(held, args), **tree_map(held, kwargs))
         on_device = (goes or bool(there)) and not comes
         if func._schema.is_mutable:  # in place, or into `out`
@@ -77,6 +79,12 @@ class FakeGpu(TorchDispatchMode):
             self._note(name, written)
             return written
         return tree_map(lambda x: self._note(name, OnGpu(x)) if on_device and isinstance(x, Tensor) else x, result)
+
+    def _wait(self, name):
+        """With who asked: the innermost module that is neither torch nor this file."""
+        files = [frame.filename for frame in traceback.extract_stack()]
+        asking = [f for f in files if "/torch/" not in f and f != __file__][-1]
+        self.waits.append(f"{name} by {'transformers' if '/transformers/' in asking else 'ours'}")
 
     def _note(self, name, tensor):
         if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
