@@ -205,7 +205,7 @@ def test_warnings_are_one_line_each(monkeypatch, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for word in ("torch", "cpu tensors", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
+    for word in ("torch", "cpu tensors", "xpu order", "triton, reference: ", "mps order", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
         assert word in shown
 
 
