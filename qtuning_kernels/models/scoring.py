@@ -28,7 +28,8 @@ class Scores(NamedTuple):
 
     def cpu(self) -> "Scores":
         """On the host, in one copy, the one for which a step waits before it decides."""
-        return Scores(*torch.stack(self[:3]).cpu(), self.cu_seqlens.cpu())
+        nll, entropy, lse = torch.stack(self[:3]).cpu()
+        return Scores(nll, entropy, lse, self.cu_seqlens.cpu())
 
 
 GOES_ON = 0.1  # of what a sample is off by as the end of a long one: far above rounding, far below wrong positions
