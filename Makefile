@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-slow test-oldest bench lint lint-csrc format sanitize clean
+.PHONY: train test test-slow test-oldest bench gpu docs-figures lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
 	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
@@ -36,6 +36,15 @@ bench: $(VENV)/installed $(VENV)/fetched
 	$(BIN)/python -m benchmarks.scoring $(STEP)
 	$(BIN)/python -m benchmarks.step $(STEP)
 	$(BIN)/python -m benchmarks.gpu_static
+
+# Everything that only a GPU can show, in an environment of its own; a page and rows in benchmarks/results/gpu.
+MINUTES ?= 25
+gpu:
+	@$(PYTHON) -m benchmarks.gpu_day --torch '$(TORCH)' --minutes $(MINUTES) $(ARGS)
+
+# What the pages take from the rows of benchmarks/results.
+docs-figures: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu_pages
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

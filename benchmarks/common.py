@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +74,8 @@ def machine_name() -> str:
 
 def environment() -> dict[str, object]:
     """Machine, versions and commit, as CSV fields."""
+    import torch  # here, so that what only reads rows needs nothing but Python
+
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "machine": machine_name(),

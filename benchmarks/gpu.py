@@ -1,43 +1,47 @@
-"""Times the GPU kernels against their peers. NOT YET RUN on a GPU: no figure from it exists so far.
+"""Times the GPU kernels against their peers.
 
     python -m benchmarks.gpu [--dry-run] [--rows 8192] [--vocabulary 128256] [--hidden 4096]
 
-CUDA events around each call, the L2 cache flushed before it, cases interleaved, median of many; throughput is
-given in GB/s and as a share of the copy bandwidth measured in the same run. Writes results/gpu.csv.
+CUDA events around each call, the L2 cache flushed before it, the cases of a group interleaved, median of many. Row
+operators: GB/s of the bytes that they must move, and their share of the bandwidth of a copy measured in the same run.
+From hidden states: TFLOP/s of the products that they must make, and their share of the head's product alone. What a
+peer cannot do here stands in its row. Rows are added to gpu.csv in --output as each group ends.
 """
 
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import qtuning_kernels as qk
-from benchmarks.common import environment, write_rows
+from benchmarks.common import RESULTS, environment, read_rows, write_rows
+from benchmarks.peers import eager_stats, trl_linear_loss
 from qtuning_kernels.kernels.dispatch import unavailable_reason
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (0.06, 0.25, 1.0)  # of kept tokens
-NOT_RUN = "NOT YET RUN: no GPU has executed this benchmark; what follows is its plan, not a result"
+BASELINES = {"rows": "copy", "linear": "head product alone"}
 
 
-def eager_stats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """nll and entropy as they are written without a kernel."""
-    log_p = functional.log_softmax(logits.float(), -1)
-    nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return nll, -(log_p.exp() * log_p).sum(-1)
+class Case(NamedTuple):
+    """A call, and what it must at least do: move bytes (row operators), or multiply (from hidden states)."""
+
+    call: Callable[[], object]
+    work: float
 
 
-def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
-    """Forward and backward of `loss` at x."""
+def gradient(loss: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+    """Forward and backward of `loss` at these inputs."""
 
     def run() -> object:
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(loss(leaf), leaf)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(loss(*leaves), leaves)
 
     return run
 
@@ -58,107 +62,194 @@ def served_by(backend: str, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def cases(rows: int, vocabulary: int, hidden: int, device: str) -> dict[str, tuple[Callable[[], object], float]]:
-    """What is timed: a call, and the bytes that it must move at least (0 where the matrix product is the limit)."""
+# imported where they are called, so that one that is missing or broken fails by itself
+
+
+def liger(logits: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy(logits * 1, labels, reduction="sum")  # it overwrites its input
+
+
+def quack(logits: Tensor, labels: Tensor) -> Tensor:
+    from quack.cross_entropy import cross_entropy
+
+    return cross_entropy(logits, labels, reduction="sum")
+
+
+def liger_linear(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(states, head, labels, reduction="sum")
+
+
+def quack_linear(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(states, head, labels, reduction="sum")
+
+
+def cut_cross_entropy(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(states, head, labels, reduction="sum")
+
+
+def row_cases(rows: int, vocabulary: int, device: str) -> dict[str, Case]:
     logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16, device=device)
     labels = torch.randint(0, vocabulary, (rows,), device=device)
-    states = torch.randn(rows, hidden, dtype=torch.bfloat16, device=device)
-    head = torch.randn(vocabulary, hidden, dtype=torch.bfloat16, device=device) / hidden**0.5
     size = logits.numel() * logits.element_size()
     compiled = torch.compile(eager_stats)
-    found = {
-        "copy": (lambda: torch.empty_like(logits).copy_(logits), 2 * size),
-        "token_stats": (lambda: qk.token_stats(logits, labels), size),
-        "eager": (lambda: eager_stats(logits, labels), size),
-        "torch.compile": (lambda: compiled(logits, labels), size),
-        "linear_token_stats": (lambda: qk.linear_token_stats(states, head, labels), 0),
-        "head product alone": (lambda: states @ head.T, 0),
-        "F.linear then F.cross_entropy": (
-            gradient(lambda h: functional.cross_entropy(functional.linear(h, head).float(), labels), states),
-            0,
-        ),
-    }
-    for share in SHARES:
+
+    def of_stats(stats: Callable[..., tuple]) -> Callable[[], object]:
+        return gradient(lambda x: stats(x, labels)[0].sum(), logits)
+
+    def of_kept(share: float, copies: bool = False) -> Callable[[], object]:
         weight = (torch.rand(rows, device=device) < share).float()
-        found[f"token_stats, gradient of {share:.0%}"] = (
-            gradient(lambda x, w=weight: (qk.token_stats(x, labels).nll * w).sum(), logits),
-            size * (2 + 2 * share),
-        )
-        found[f"linear_cross_entropy, {share:.0%}"] = (
-            gradient(lambda h, w=weight: qk.linear_cross_entropy(h, head, labels, token_weight=w), states),
-            0,
-        )
+        if copies:  # as a peer that overwrites its input is called
+            return gradient(lambda x: (qk.token_stats(x * 1, labels, inplace_backward=True).nll * weight).sum(), logits)
+        return gradient(lambda x: (qk.token_stats(x, labels).nll * weight).sum(), logits)
+
+    found = {
+        "copy": Case(lambda: torch.empty_like(logits).copy_(logits), 2 * size),
+        "token_stats": Case(lambda: qk.token_stats(logits, labels), size),
+        "eager": Case(lambda: eager_stats(logits, labels), size),
+        "torch.compile": Case(lambda: compiled(logits, labels), size),
+        # a read; a read of what is kept and a write of everything
+        **{f"token_stats, gradient of {s:.0%}": Case(of_kept(s), size * (2 + s)) for s in SHARES},
+        "token_stats, gradient in place, of a copy": Case(of_kept(1.0, copies=True), size * 5),
+        "eager, gradient": Case(of_stats(eager_stats), size * 3),
+        "torch.compile, gradient": Case(of_stats(compiled), size * 3),
+        "liger-kernel, gradient, of a copy": Case(gradient(lambda x: liger(x, labels), logits), size * 5),
+        "quack-kernels, gradient": Case(gradient(lambda x: quack(x, labels), logits), size * 3),
+    }
     if reason := unavailable_reason("cuda"):
         print(f"backend cuda: {reason}")
     else:
-        for name in [name for name in found if name.startswith("token_stats")]:
-            call, moved = found[name]
-            found[f"{name}, CUDA C++"] = (served_by("cuda", call), moved)
-    if hasattr(functional, "linear_cross_entropy"):
-        call = functional.linear_cross_entropy
-        found["F.linear_cross_entropy"] = (gradient(lambda h: call(h, head, labels), states), 0)
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
-        found["liger-kernel"] = (gradient(lambda x: liger_cross_entropy(x * 1, labels), logits), 3 * size)
-    except ImportError:
-        print("liger-kernel: not installed")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = (gradient(lambda h: linear_cross_entropy(h, head, labels), states), 0)
-    except ImportError:
-        print("cut-cross-entropy: not installed")
+        ours = {name: case for name, case in found.items() if name.startswith("token_stats")}
+        found |= {f"{name}, CUDA C++": Case(served_by("cuda", c.call), c.work) for name, c in ours.items()}
     return found
 
 
-def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds per call by CUDA events, in turn, each after 256 MiB have swept the cache."""
-    sweep = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def linear_cases(rows: int, vocabulary: int, hidden: int, device: str) -> dict[str, Case]:
+    states = torch.randn(rows, hidden, dtype=torch.bfloat16, device=device)
+    head = torch.randn(vocabulary, hidden, dtype=torch.bfloat16, device=device) / hidden**0.5
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    product = 2.0 * rows * hidden * vocabulary
+
+    def of_kept(share: float) -> Callable[[], object]:
+        weight = (torch.rand(rows, device=device) < share).float()
+        return gradient(lambda h, w: qk.linear_cross_entropy(h, w, labels, token_weight=weight), states, head)
+
+    def of(loss: Callable[..., Tensor]) -> Case:
+        return Case(gradient(lambda h, w: loss(h, w, labels), states, head), 3 * product)
+
+    found = {
+        "head product alone": Case(lambda: states @ head.T, product),
+        "linear_token_stats": Case(lambda: qk.linear_token_stats(states, head, labels), product),
+        **{f"linear_cross_entropy, {s:.0%}": Case(of_kept(s), 3 * product * s) for s in SHARES},
+        "F.linear then F.cross_entropy": of(
+            lambda h, w, y: functional.cross_entropy(functional.linear(h, w).float(), y, reduction="sum")
+        ),
+        "trl": of(lambda *x: trl_linear_loss()(*x)),
+        "liger-kernel": of(liger_linear),
+        "cut-cross-entropy": of(cut_cross_entropy),
+        "quack-kernels": of(quack_linear),
+    }
+    if hasattr(functional, "linear_cross_entropy"):
+        found["F.linear_cross_entropy"] = of(lambda *x: functional.linear_cross_entropy(*x, reduction="sum"))
+    return found
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    """Of one call: by CUDA events, or by the host's clock on a CPU."""
+    if device == "cpu":
+        begun = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begun)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(
+    cases: dict[str, Case], repeats: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
+    """(milliseconds of each case, in turn, each after 256 MiB have swept the cache; MiB at the peak above its operands;
+    why others have none)."""
+    sweep = torch.empty(2**28 if device == "cuda" else 1, dtype=torch.int8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    peaks: dict[str, float] = {}
+    failed: dict[str, str] = {}
     for round_ in range(repeats + 3):
-        for name, call in calls.items():
+        for name in [name for name in cases if name not in failed]:
             sweep.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            try:
+                taken = milliseconds(cases[name].call, device)
+            except Exception as error:  # whatever a peer, its compiler or a memory that is too small raise
+                failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                continue
             if round_ >= 3:
-                times[name].append(start.elapsed_time(end))
-    return times
+                times[name].append(taken)
+            if device == "cuda":
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {name: taken for name, taken in times.items() if name not in failed}, peaks, failed
+
+
+def rows_of(group: str, cases: dict[str, Case], options: argparse.Namespace) -> list[dict[str, object]]:
+    """Measure a group, and print and return a row per case."""
+    times, peaks, failed = measure(cases, options.repeats, options.device)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    baseline = BASELINES[group]
+    unit, scale = ("gb_per_s", 1e6) if group == "rows" else ("tflop_per_s", 1e9)
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "none (CPU)"
+    common = {"gpu": gpu, **environment()}
+    rows = []
+    for name, case in cases.items():
+        row = {"group": group, "case": name, "rows": options.rows, "vocabulary": options.vocabulary}
+        row |= {"hidden": options.hidden if group == "linear" else "", "error": failed.get(name, "")}
+        if name in medians:
+            low, _, high = statistics.quantiles(times[name], n=4, method="inclusive")
+            rate = case.work / medians[name]
+            row |= {"median_ms": f"{medians[name]:.4f}", "q1_ms": f"{low:.4f}", "q3_ms": f"{high:.4f}"}
+            row |= {unit: f"{rate / scale:.1f}", "peak_mib": f"{peaks[name]:.0f}" if name in peaks else ""}
+            if baseline in medians:
+                row["share"] = f"{rate * medians[baseline] / cases[baseline].work:.3f}"
+        print(f"{name:45}", row.get("median_ms", ""), row.get(unit, ""), row.get("share", ""), row["error"], flush=True)
+        rows.append({**row, **common})
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and time nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearses, and tells nothing")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="folder")
     options = parser.parse_args(arguments)
-    if not options.dry_run and not torch.cuda.is_available():
+    if not options.dry_run and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is present; --dry-run prints the plan")
-    device = "meta" if options.dry_run else "cuda"
-    found = cases(options.rows, options.vocabulary, options.hidden, device)
-    if options.dry_run:
-        print(NOT_RUN)
-        for name, (_, size) in found.items():
-            print(f"{name}: {f'at least {size / 1e9:.2f} GB' if size else 'bound by the matrix product'}")
-        return
-    times = measure({name: call for name, (call, _) in found.items()}, options.repeats)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    copy = found["copy"][1] / medians["copy"]
-    rows = []
-    for name, (_, size) in found.items():
-        low, _, high = statistics.quantiles(times[name], n=4, method="inclusive")
-        share = f"{size / medians[name] / copy:.3f}" if size else ""
-        row = {"case": name, "rows": options.rows, "vocabulary": options.vocabulary, "hidden": options.hidden}
-        row |= {"median_ms": f"{medians[name]:.4f}", "q1_ms": f"{low:.4f}", "q3_ms": f"{high:.4f}"}
-        row |= {"gb_per_s": f"{size / medians[name] / 1e6:.0f}" if size else "", "share_of_copy": share}
-        rows.append({**row, "gpu": torch.cuda.get_device_name(), **environment()})
-        print(f"{name:45} {medians[name]:9.3f} ms  {row['gb_per_s']:>6} GB/s  {share} of copy")
-    write_rows(RESULTS / "gpu.csv", rows)
+    device = "meta" if options.dry_run else options.device
+    shape = options.rows, options.vocabulary
+    for group in BASELINES:
+        cases = row_cases(*shape, device) if group == "rows" else linear_cases(*shape, options.hidden, device)
+        if options.dry_run:
+            for name, case in cases.items():
+                unit = f"{case.work / 1e9:.2f} GB" if group == "rows" else f"{case.work / 1e12:.2f} TFLOP"
+                print(f"to be timed: {name}, at least {unit}")
+            continue
+        path = options.output / "gpu.csv"
+        write_rows(path, [*(read_rows(path) if path.exists() else []), *rows_of(group, cases, options)])
+        del cases
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def layouts(bench: Bench, repeats: int) -> list[dict]:
 
     causal_lm.base.eval()
     cases = {f"{layout}, {budget} tokens": micro_batches(pool, budget, layout)
-             for layout in ("padded", "packed") for budget in (8192,)}  # fmt: skip
+             for layout in ("grouped", "padded", "packed") for budget in (8192,)}  # fmt: skip
     cases["padded to the longest"] = micro_batches(unsorted, 10**9)
     seconds = interleave({name: lambda b=batches: forward(b) for name, batches in cases.items()}, repeats)
     return [

@@ -30,6 +30,10 @@ from pathlib import Path
 from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, peak, read_rows, write_rows
 
 TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+RANDOM = ("1.7B", "tiny")  # of step_variants.py, which imports much
+# options that a child process is given as they are
+OF_A_CHILD = ("model", "random", "device", "data", "prompt_field", "completion_field", "pool", "sample_ratio",
+              "token_ratio", "repeats")  # fmt: skip
 GROUPS = ("float32", "autocast", "lora")
 PHASES = ("score", "select", "compact", "train", "optimizer")
 VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours", "ours over TRL",
@@ -40,6 +44,9 @@ VARIANTS = ("full data", "full data, TRL", "eager Q-Tuning", "ours 1×1", "ours"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder (default: the embedded one, qtuning fetch)")
+    parser.add_argument("--random", choices=RANDOM, help="random weights in this size, in the place of the model's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help='only a trace of one step of "ours", .json.gz')
     parser.add_argument("--data", help="data file (default: the embedded word problems)")
     parser.add_argument("--prompt-field", default="question")
     parser.add_argument("--completion-field", default="answer")
@@ -60,6 +67,8 @@ def parse() -> argparse.Namespace:
 
 def child(options: argparse.Namespace) -> None:
     """Measures one group in this process and prints a JSON line per step."""
+    import torch
+
     from benchmarks.step_variants import Bench
 
     bench = Bench(options, options.groups[0])
@@ -67,6 +76,14 @@ def child(options: argparse.Namespace) -> None:
         step = bench.variant(options.variants[0])
         step(1)  # the optimiser's state and a copy of the weights are there before and after
         print(json.dumps({"variant": options.variants[0], "peak_mib": peak(lambda: step(0))[0]}))
+        return
+    if options.child == "profile":
+        step = bench.variant("ours")
+        step(0)
+        with torch.profiler.profile() as profile:  # of whatever is there: the host, and the device where there is one
+            step(1)
+        profile.export_chrome_trace(str(options.profile))
+        print(profile.key_averages().table(sort_by=f"self_{options.device}_time_total", row_limit=15))
         return
     if options.child == "sweep":
         budgets = [(r, t) for r in (0.125, 0.25, 0.5) for t in (0.5, 0.7, 1.0)]
@@ -86,7 +103,7 @@ def run_child(options: argparse.Namespace, kind: str, group: str, allocator: str
     if allocator == "tuned":
         environ["GLIBC_TUNABLES"] = TUNED
     command = [sys.executable, "-m", "benchmarks.step", "--child", kind, "--groups", group, "--variants", *variants]
-    for name in ["model", "data", "prompt_field", "completion_field", "pool", "sample_ratio", "token_ratio", "repeats"]:
+    for name in OF_A_CHILD:
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
     lines = []
@@ -123,6 +140,12 @@ def summarise(lines: list[dict]) -> list[dict]:
 
 def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def gpu_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else ""
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -201,6 +224,8 @@ def sweep_table(rows: list[dict]) -> str:
 
 def main() -> None:
     options = parse()
+    if options.profile and not options.child:
+        options.child, options.repeats = "profile", 1
     if options.child:
         child(options)
         return
@@ -208,6 +233,7 @@ def main() -> None:
     for group in () if options.plot else options.groups:
         for allocator in options.allocators:
             common = environment() | {"kind": kind, "group": group, "allocator": allocator}
+            common |= {"model": options.random or options.model or "135M", "gpu": gpu_name(options.device)}
             common |= {"data": Path(options.data).name if options.data else "word-problems", "pool": options.pool}
             common |= {"sample_ratio": options.sample_ratio, "token_ratio": options.token_ratio}
             common["glibc_tunables"] = TUNED if allocator == "tuned" else ""
@@ -218,7 +244,8 @@ def main() -> None:
             append(options.output, [common | row for row in rows])
             for row in rows:
                 print(group, allocator, row)
-    plot(options.output)
+    if options.device == "cpu":
+        plot(options.output)
     if options.output == RESULTS / "step.csv":
         fill(ROOT / "docs" / "benchmarks.md", tables(options.output))
 

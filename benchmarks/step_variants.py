@@ -17,6 +17,22 @@ from qtuning_kernels.models.matmul import choose_precision, float32_matmul
 from qtuning_kernels.training.accounting import PHASES
 
 Step = Callable[[int], dict[str, float]]
+# shapes of randomly initialised models: SmolLM2-1.7B's, and one for rehearsals
+RANDOM = {
+    "1.7B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+             "num_key_value_heads": 32},
+    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+def random_model(size: str, source: str) -> transformers.PreTrainedModel:
+    """Of the family and the vocabulary of `source`, without its weights; float32."""
+    config = transformers.AutoConfig.from_pretrained(source)
+    config.update(RANDOM[size])
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 class Bench:
@@ -41,7 +57,8 @@ class Bench:
         needed = max(512, options.pool * (options.repeats + 1))
         self.rows = [rows[i] for i in range(min(needed, len(rows)))]
         self.samples = [to_sample(r["input_ids"], r["labels"], r["sample_id"]) for r in self.rows]
-        self.base = load_model(source)
+        self.device = torch.device(options.device)
+        self.base = (random_model(options.random, source) if options.random else load_model(source)).to(self.device)
         self.model = self.base
         if group == "lora":
             from peft import LoraConfig, get_peft_model
@@ -70,19 +87,25 @@ class Bench:
             output_dir=self.folder,
             per_device_train_batch_size=self.options.pool,
             bf16=self.group == "autocast",
-            use_cpu=True,
+            use_cpu=self.device.type == "cpu",
             report_to=[],
             max_steps=1,
             disable_tqdm=True,
         )
 
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
     def update(self) -> float:
-        start = time.perf_counter()
+        start = self.now()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return self.now() - start
 
     def full_data(self) -> Step:
         trainer = transformers.Trainer(
@@ -115,15 +138,15 @@ class Bench:
 
         def step(index: int) -> dict[str, float]:
             batch = trainer.data_collator(self.features(index))
-            start = time.perf_counter()
-            batches, count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+            start = self.now()
+            batches, count = trainer.get_batch_samples(iter([batch]), 1, self.device)
             trainer.training_step(model, batches[0], count)
-            return {"train": time.perf_counter() - start, "optimizer": self.update()}
+            return {"train": self.now() - start, "optimizer": self.update()}
 
         return step
 
     def autocast(self):
-        return torch.autocast("cpu", torch.bfloat16) if self.group == "autocast" else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.group == "autocast" else nullcontext()
 
     def eager(self) -> Step:
         """Written for reading, not speed: what the paper describes, in the obvious operations."""
@@ -150,8 +173,8 @@ class Bench:
 
         def step(index: int) -> dict[str, float]:
             seconds = {}
-            start = time.perf_counter()
-            batch = collator(self.features(index))
+            start = self.now()
+            batch = collator(self.features(index)).to(self.device)
             self.model.eval()
             with torch.no_grad(), self.autocast():
                 logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -160,9 +183,9 @@ class Bench:
             nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             entropy = -(log_p.exp() * log_p).sum(-1)
             del logits, log_p
-            seconds["score"] = time.perf_counter() - start
+            seconds["score"] = self.now() - start
 
-            start = time.perf_counter()
+            start = self.now()
             ppls, entropies = [], []
             for row in range(len(labels)):
                 answer = labels[row] != -100
@@ -189,9 +212,9 @@ class Bench:
                     count = max(1, int(token_ratio * len(positions)))
                     positions = positions[score.argsort()[:count]]
                 targets[row, positions + 1] = batch["labels"][row, positions + 1]
-            seconds["select"] = time.perf_counter() - start
+            seconds["select"] = self.now() - start
 
-            start = time.perf_counter()
+            start = self.now()
             self.model.train()
             with self.autocast():
                 loss = self.model(
@@ -200,7 +223,7 @@ class Bench:
                     labels=targets[kept],
                 ).loss
             loss.backward()
-            seconds["train"] = time.perf_counter() - start
+            seconds["train"] = self.now() - start
             return seconds | {"optimizer": self.update()}
 
         return step

@@ -30,13 +30,15 @@ def rounded(x, dtype: tl.constexpr):
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's device current, as Triton launches on the current one; nothing to do in the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cpu:
+        return contextlib.nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
 
 
 def architecture(tensor: Tensor) -> str:
-    """What configurations depend on: "sm_90", "gfx942" and the like, or "interpreter"."""
+    """What configurations depend on: "sm_90", "gfx942" and the like, "xpu", or "interpreter"."""
     if not tensor.is_cuda:
-        return "interpreter"
+        return "interpreter" if tensor.is_cpu else tensor.device.type
     properties = torch.cuda.get_device_properties(tensor.device)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]

@@ -31,15 +31,15 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  {'cpu':<16} {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         print(f"  {f'cuda:{index}':<16} {torch.cuda.get_device_name(index)}")
-    if not torch.cuda.is_available():
-        print(f"  {'cuda':<16} not available in this process")
+    there = [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
+    if not there:
+        print(f"  {'cuda, xpu, mps':<16} not available in this process")
     print("backends")
     for name in dispatch.BACKENDS:
         print(f"  {name:<16} {dispatch.unavailable_reason(name) or 'available'}")
     forced = os.environ.get("QTUNING_BACKEND")
     print(f"  {'QTUNING_BACKEND':<16} {forced or 'not set: the fastest one that is available'}")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for device in devices:
+    for device in ["cpu", *there]:
         print(f"  {f'{device} tensors':<16} {_serving(device)}")
     for device, reason in dispatch.ORDER_REASON.items():
         print(f"  {f'{device} order':<16} {', '.join(dispatch.default_order(device))}: {reason}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qtuning_kernels.data.samples import Sample, cu_seqlens_of
 
-MIN_FILL = 0.9  # a row of a padded group that is emptier than this costs more than a group of its own
+MIN_FILL = 0.9  # on a CPU a row that is emptier than this costs more than a group of its own
 
 
 class MicroBatch(NamedTuple):
@@ -28,15 +28,19 @@ class MicroBatch(NamedTuple):
     weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        return MicroBatch._make(x if x is None else x.to(device, non_blocking=True) for x in self)
+        """On a device; the host does not wait for it, which takes memory that stays where it is."""
+        pins = torch.device(device).type == "cuda"
+        return MicroBatch._make(
+            x if x is None else (x.pin_memory() if pins and x.is_cpu else x).to(device, non_blocking=True) for x in self
+        )
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "padded") -> list[MicroBatch]:
+def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "grouped") -> list[MicroBatch]:
     """Samples in groups, each of at most `token_budget` tokens, padding included.
 
-    Trailing tokens that predict nothing are cut, and samples without a label are left out. ``"padded"`` puts
-    samples of similar length into rows; no mask is needed: padding is on the right and attention causal.
-    ``"packed"`` lays it end to end in one row with position ids that start again, from which the model makes
+    Trailing tokens that predict nothing are cut, and samples without a label are left out. ``"grouped"`` puts
+    samples of similar length into rows, ``"padded"`` of any; no mask is needed: padding is on the right and attention
+    causal. ``"packed"`` lays them end to end in one row with position ids that start again, from which the model makes
     its attention block-diagonal. A sample longer than the budget goes alone.
     """
     starts = cu_seqlens_of(samples).tolist()
@@ -48,7 +52,7 @@ def micro_batches(samples: Sequence[Sample], token_budget: int, layout: str = "p
     for i in order:
         length = len(short[i].input_ids)
         cost = length if layout == "packed" else width
-        similar = layout == "packed" or length >= MIN_FILL * width
+        similar = layout != "grouped" or length >= MIN_FILL * width
         if groups and used + cost <= token_budget and similar:
             groups[-1].append(i)
             used += cost

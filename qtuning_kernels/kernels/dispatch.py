@@ -31,10 +31,16 @@ _MODULES = {
 }
 BACKENDS = tuple(_MODULES)
 # which backends serve a device, best first
-_SERVES = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
+_SERVES = {
+    "cpu": ("native", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+    "xpu": ("triton", "reference"),
+    "mps": ("reference",),
+}
 ORDER_REASON = {
-    "cuda": "triton serves the policy too, cuda needs no compiler at run time; which of them is faster has not been"
-    " measured on a GPU"
+    "cuda": "cuda needs no compiler at run time; `make gpu` measures which of them is faster",
+    "xpu": "triton where it is installed; Intel's GPUs are not among those that were tried",
+    "mps": "Apple's GPUs have neither Triton nor CUDA",
 }
 
 
@@ -61,8 +67,8 @@ def default_order(device: torch.device | str) -> tuple[str, ...]:
 def backend(device: torch.device | str = "cpu") -> str:
     """The name of the backend that serves tensors on `device`.
 
-    The environment variable ``QTUNING_BACKEND`` forces one of ``reference``, ``native`` (CPU), ``triton`` (CUDA
-    and ROCm; CPU tensors under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA; CPU tensors with a library that
+    The environment variable ``QTUNING_BACKEND`` forces one of ``reference``, ``native`` (CPU), ``triton`` (CUDA,
+    ROCm and xpu; CPU tensors under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA; CPU tensors with a library that
     ``QTUNING_CUDA_EMULATOR`` names). Without it the first one of the device's order that is built is taken, and
     a warning says so if that is only the reference.
 

@@ -27,21 +27,50 @@ class Scores(NamedTuple):
     cu_seqlens: Tensor
 
     def cpu(self) -> "Scores":
-        """On the host, in one copy."""
+        """On the host, in one copy, the one for which a step waits before it decides."""
         nll, entropy, lse = torch.stack(self[:3]).cpu()
         return Scores(nll, entropy, lse, self.cu_seqlens.cpu())
 
 
-def layout_for(model: nn.Module) -> str:
-    """How samples share a forward: ``"packed"`` where attention has variable lengths, else ``"padded"``.
+GOES_ON = 0.1  # of what a sample is off by as the end of a long one: far above rounding, far below wrong positions
 
-    Variable-length attention skips what lies between samples. Dense attention on a packed row computes and
-    masks it, and models that know no position ids would let samples see each other; groups of similar length
-    need neither (benchmarks/scoring.py times both).
+
+def choose_layout(causal_lm: CausalLM, sharded: bool = False) -> str:
+    """How samples share a forward: ``"grouped"``, ``"padded"`` or ``"packed"`` (`micro_batches`).
+
+    Variable-length attention skips what lies between packed samples, where the model keeps them apart, which is tried.
+    Dense attention would compute and mask it. A CPU takes many small forwards of similar lengths, any other device as
+    few as the budget allows.
+
+    Args:
+        sharded: parameters are gathered within the forwards of a wrapper, so that nothing can be tried.
     """
-    config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None) or ""
-    return "packed" if "flash" in attention else "padded"
+    attention = getattr(causal_lm.base.config, "_attn_implementation", None) or ""
+    if "flash" in attention and not sharded and keeps_samples_apart(causal_lm):
+        return "packed"
+    return "grouped" if next(causal_lm.base.parameters()).device.type == "cpu" else "padded"
+
+
+@torch.no_grad()
+def keeps_samples_apart(causal_lm: CausalLM) -> bool:
+    """Whether the second of two packed samples has the hidden states that it has alone, whatever the first one is.
+
+    Recurrent and hybrid models carry their state on, and some architectures take no position ids. What does not see
+    the first sample has the same bits with another one; where positions go on, a sample is as in one long sequence.
+    """
+    device = next(causal_lm.base.parameters()).device
+    vocabulary = causal_lm.base.config.get_text_config().vocab_size
+    first, second = torch.arange(8, device=device), torch.arange(5, device=device)
+    positions = torch.cat((first, second))[None]
+
+    def states(*samples: Tensor, positions: Tensor | None = None) -> Tensor:
+        tokens = torch.cat(samples)[None] % vocabulary
+        return backbone(causal_lm.decoder, tokens, positions)[0, -len(second) :].float()
+
+    with evaluation(causal_lm.base):
+        packed, other = (states(x, second, positions=positions) for x in (first, first.flip(0)))
+        alone, one = states(second), states(first, second)
+    return torch.equal(packed, other) and bool((packed - alone).norm() < GOES_ON * (one - alone).norm())
 
 
 class Scorer:
@@ -70,11 +99,12 @@ class Scorer:
         # that the weights are converted to; None: they are taken as they are
         wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision.score_dtype)
         self.dtype = None if wanted == next(causal_lm.base.parameters()).dtype else wanted
+        self.layout = choose_layout(causal_lm, sharded)
         self.tokens_scored = 0  # positions that the forwards read, padding included
         self._copy: tuple[nn.Module, nn.Linear] | None = None
 
     def score(self, samples: Sequence[Sample], device: torch.device | str, autocast: Any = nullcontext) -> Scores:
-        """Scores of all trainable tokens, in the order of `samples`, on `device`.
+        """Scores of all trainable tokens, in the order of `samples`, on `device`; cu_seqlens on the host.
 
         Args:
             samples: at least one.
@@ -83,7 +113,7 @@ class Scorer:
         """
         cu_seqlens = cu_seqlens_of(samples)
         stats = torch.zeros(3, int(cu_seqlens[-1]), device=device)
-        batches = micro_batches(samples, self.batch_tokens, layout_for(self.causal_lm.base))
+        batches = micro_batches(samples, self.batch_tokens, self.layout)
         if self.sharded:
             batches += [nothing()] * (largest(len(batches)) - len(batches))
             if self.dtype:
@@ -100,7 +130,7 @@ class Scorer:
                 for row, values in zip(stats, (result.nll, result.entropy, result.lse), strict=True):
                     row[batch.token_index] = values.to(stats.dtype)
         nll, entropy, lse = stats
-        return Scores(nll, entropy, lse, cu_seqlens.to(device))
+        return Scores(nll, entropy, lse, cu_seqlens)
 
     def _forward(self, batch: MicroBatch) -> TokenStats:
         def stats_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
@@ -164,4 +194,5 @@ def score_samples(
     ]
     precision = choose_precision(causal_lm.base, matmul=matmul, score_dtype=score_dtype)
     scorer = Scorer(model, causal_lm, precision, batch_tokens=score_batch_tokens)
-    return scorer.score(ready, next(causal_lm.base.parameters()).device)
+    scores = scorer.score(ready, next(causal_lm.base.parameters()).device)
+    return scores._replace(cu_seqlens=scores.cu_seqlens.to(scores.nll.device))

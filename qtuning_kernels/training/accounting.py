@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,16 +13,25 @@ from qtuning_kernels.run_record.schema import PHASES
 
 
 class Clock:
-    """Seconds per phase of one step. On a GPU a phase ends when its work is done, not when it is queued."""
+    """Seconds per phase of one step. A GPU marks in its own queue when a phase begins and ends; nothing waits for it
+    until `seconds` is read, which a step does once, at its end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
         self._device = device
+        self._times: list[tuple[str, Any, Any]] = []
+        self.data = 0.0  # seconds in which the host got the step's batches
 
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def now(self) -> Any:
+        """A mark in the device's queue where it can make one, else the host's time."""
+        if self._device.type not in ("cuda", "xpu"):
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def since(self, start: Any, name: str) -> None:
+        """Gives the time from `start` until now to a phase."""
+        self._times.append((name, start, self.now()))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -29,7 +39,17 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] += self.now() - start
+            self.since(start, name)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase; waits for the device to pass the last mark."""
+        found = dict.fromkeys(PHASES, 0.0) | {"data": self.data}
+        for name, start, end in self._times:
+            if not isinstance(end, float):
+                end.synchronize()
+            found[name] += end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+        return found
 
 
 @dataclass

@@ -142,7 +142,7 @@ class QTuningMixin(Host):
             seconds = time.perf_counter() - start
             state = self.state
             self._plan = plan = planner.plan(list(pools), state.epoch or 0.0, state.global_step, state.max_steps)
-            plan.clock.seconds["data"] = seconds
+            plan.clock.data = seconds
             if not planner.selects:
                 return batches, count
             triples = zip(plan.kept, pools, kinds, strict=True)
@@ -323,7 +323,7 @@ class _Accounts(TrainerCallback):
 
     def __init__(self, trainer: QTuningMixin) -> None:
         self.trainer = trainer
-        self.start = 0.0
+        self.start: Any = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer._planner = self.trainer._plan = None
@@ -335,7 +335,7 @@ class _Accounts(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         if (plan := self.trainer._plan) is not None:
-            plan.clock.seconds["optimizer"] += plan.clock.now() - self.start
+            plan.clock.since(self.start, "optimizer")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer._end_step()

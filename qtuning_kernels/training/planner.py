@@ -92,7 +92,8 @@ class StepPlanner:
             precision = gather(precision)[0]
         self.precision = precision
         self.cache = ScoreCache(config.rescore_every, always_score=sharded)
-        self.scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens, sharded=sharded)
+        with autocast():
+            self.scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens, sharded=sharded)
         self.flops = Flops(causal_lm)
 
     @property

@@ -20,7 +20,7 @@ from qtuning_kernels.kernels.linear import linear_cross_entropy, linear_token_st
 from qtuning_kernels.models.causal_lm import evaluation
 from qtuning_kernels.models.collectives import largest
 from qtuning_kernels.models.matmul import float32_matmul
-from qtuning_kernels.models.scoring import layout_for
+from qtuning_kernels.models.scoring import choose_layout
 from qtuning_kernels.pruning.policies import Policy
 from qtuning_kernels.training.mixin import QTuningMixin
 from qtuning_kernels.training.planner import StepPlanner
@@ -168,12 +168,13 @@ class QTuningTrainer(QTuningMixin, Trainer):
             # a pool before the last is within such a context already, and FSDP2 would synchronise as this one ends
             defers = synchronises and not last and not self.is_deepspeed_enabled
             with self.accelerator.no_sync(model) if defers else nullcontext():
-                total += super()._step(model, batch._asdict(), num_items_in_batch)
+                total += super()._step(model, batch.to(self.args.device)._asdict(), num_items_in_batch)
         return total
 
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
         """As many in every process where parameters are gathered in the forwards."""
-        batches = micro_batches(samples, self.qtuning.micro_batch_tokens, layout_for(self.causal_lm.base))
+        layout = self._planner.scorer.layout if self._planner else choose_layout(self.causal_lm, self.sharded)
+        batches = micro_batches(samples, self.qtuning.micro_batch_tokens, layout)
         return batches + [nothing()] * (largest(len(batches)) - len(batches) if self.sharded else 0)
 
     def compute_loss(

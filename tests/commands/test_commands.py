@@ -205,6 +205,9 @@ def test_warnings_are_one_line_each(monkeypatch, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
+    lines = {line[2:18].strip(): line[19:] for line in shown.splitlines() if line.startswith("  ")}
+    assert lines["xpu order"].startswith("triton, reference: ")
+    assert lines["mps order"].startswith("reference: ")
     for word in ("torch", "cpu tensors", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
         assert word in shown
 

@@ -33,7 +33,7 @@ def test_dropped_keeps_the_prompt_and_each_end_of_turn():
     assert dropped.input_ids[dropped.label_positions].tolist() == [11, 20]
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["grouped", "padded", "packed"])
 @pytest.mark.parametrize("budget", [1, 40, 100, 10**6])
 def test_micro_batches_hold_every_target_once(layout, budget):
     samples = [to_sample(s["input_ids"], s["labels"], s["sample_id"]) for s in tiny_samples(11)]

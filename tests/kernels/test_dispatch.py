@@ -1,6 +1,7 @@
 """Which backend serves, and that nothing is replaced silently."""
 
 import sys
+import warnings
 
 import pytest
 
@@ -27,6 +28,18 @@ def test_backend_that_does_not_serve_the_device(monkeypatch):
     monkeypatch.setenv("QTUNING_BACKEND", "native")
     with pytest.raises(qk.BackendUnavailableError, match="does not serve device 'cuda'; accepted"):
         qk.backend("cuda")
+
+
+@pytest.mark.filterwarnings("ignore:.*slow 'reference' backend")
+@pytest.mark.parametrize("there", [True, False])
+def test_other_gpus(monkeypatch, there):
+    """Intel's are served by Triton where it is installed, Apple's by the reference, which is no reason to warn."""
+    pick = ops._choose.__wrapped__
+    monkeypatch.setattr(ops, "unavailable_reason", lambda name: None if there or name == "reference" else "not there")
+    assert pick("xpu", "") == ("triton" if there else "reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick("mps", "") == "reference"
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
-"""Scores through a copy of the weights in another precision."""
+"""Scores through a copy of the weights in another precision, and how samples share a forward."""
 
 import copy
 
 import pytest
 import torch
+import transformers
 
-from qtuning_kernels.models.scoring import score_samples
+from qtuning_kernels.models.causal_lm import CausalLM
+from qtuning_kernels.models.scoring import choose_layout, keeps_samples_apart, score_samples
 from tests.tiny import tiny_model, tiny_samples
 
 
@@ -43,3 +45,38 @@ def test_frozen_projections_of_adapters_are_converted_with_the_weights(dtype, sc
     assert ours.max() <= 1.5 * own.max()
     assert ours.mean() <= 1.5 * own.mean()
     assert all(b.dtype == dtype for n, b in model.named_buffers() if "vera" in n)
+
+
+# of a tiny model, what it takes besides vocabulary and sizes; and whether its attention keeps packed samples apart
+KEEPS_APART = {
+    "llama": ({}, True),
+    "qwen3": ({}, True),
+    "gpt2": ({}, True),
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, False),  # counts positions itself
+    "falcon": ({"alibi": True}, False),
+    "mamba": ({"state_size": 8}, False),
+    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+               "num_experts": 2, "mamba_d_state": 8}, False),  # leaks less than a tenth of what one sequence would
+    "bamba": ({"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+               "mamba_n_groups": 1, "mamba_chunk_size": 8}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", KEEPS_APART)
+def test_packing_is_tried(architecture, monkeypatch):
+    """A model whose state or attention leaks from one packed sample to the next is padded, by what it computes."""
+    more, apart = KEEPS_APART[architecture]
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    causal_lm = CausalLM(model)
+    assert keeps_samples_apart(causal_lm) == apart
+    assert keeps_samples_apart(CausalLM(model.bfloat16())) == apart
+    assert choose_layout(causal_lm) == "grouped"  # attention without variable lengths, on a CPU
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr("qtuning_kernels.models.scoring.keeps_samples_apart", lambda causal_lm: apart)
+    assert choose_layout(causal_lm) == ("packed" if apart else "grouped")
+    assert choose_layout(causal_lm, sharded=True) == "grouped"

@@ -24,8 +24,7 @@ def our_gradient(model, config, features):
 
 @pytest.fixture
 def packed(monkeypatch):
-    monkeypatch.setattr("qtuning_kernels.training.trainer.layout_for", lambda model: "packed")
-    monkeypatch.setattr("qtuning_kernels.models.scoring.layout_for", lambda model: "packed")
+    monkeypatch.setattr("qtuning_kernels.models.scoring.choose_layout", lambda *_: "packed")
 
 
 @pytest.fixture
