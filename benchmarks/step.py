@@ -194,6 +194,13 @@ def tables(path: Path) -> dict[str, str]:
     stored = read_rows(path)
     latest = {(r["kind"], r["group"], r["allocator"], r["variant"]): r for r in stored}
     parts = {"sweep": sweep_table([r for r in stored if r["kind"] == "sweep"])}
+    choice = {r["variant"]: r for r in stored if r["kind"] == "choice"}
+    fastest = min((float(row["median_s"]) for row in choice.values()), default=0.0)
+    lines = [
+        [name, *(row[field] for field in ("median_s", "q1_s", "q3_s")), f"{float(row['median_s']) / fastest:.2f}"]
+        for name, row in choice.items()
+    ]
+    parts["choice"] = markdown(["step", "median s", "lower quartile", "upper quartile", "over the fastest"], lines)
     for group in GROUPS:
         rows = []
         for (kind, of, allocator, variant), row in latest.items():
@@ -229,7 +236,8 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    kind = "memory" if options.memory else "sweep" if options.sweep else "time"
+    timed = "time" if "full data" in options.variants else "choice"  # of library and precision, with no baseline
+    kind = "memory" if options.memory else "sweep" if options.sweep else timed
     for group in () if options.plot else options.groups:
         for allocator in options.allocators:
             common = environment() | {"kind": kind, "group": group, "allocator": allocator}
