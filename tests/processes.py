@@ -1,5 +1,6 @@
 """Runs of several processes on this machine's CPU, as torchrun starts them, and what the wrappers need there."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -39,7 +40,6 @@ def shard_on_cpus() -> None:
 
 
 def deepspeed_uncompiled() -> None:
-    """DeepSpeed compiles an operator for processes of one machine."""
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    """DeepSpeed compiles an operator for processes of one machine: minutes, behind a lock that a kill leaves behind."""
+    # by its full name: `torch`, as an attribute of deepspeed.comm, is PyTorch
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
