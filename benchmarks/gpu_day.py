@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
     folder = (options.output or ROOT / "benchmarks/results/gpu" / slug).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background would ignore
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if options.rehearse:
         parts = rehearsal_parts(sys.executable, folder)

@@ -52,7 +52,7 @@ def refuse_overwrite(output: Path, inputs: Iterable[str | Path]) -> None:
 def share(folder: Path) -> None:
     """Give files of a folder the permissions of any new file; safetensors writes for its owner alone."""
     os.umask(umask := os.umask(0))
-    for file in folder.iterdir():
+    for file in folder.iterdir() if folder.is_dir() else ():  # a sharded state is written elsewhere
         if file.is_file():
             file.chmod(0o666 & ~umask)
 

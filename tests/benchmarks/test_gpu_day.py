@@ -110,7 +110,7 @@ def test_order_limits_and_report(tmp_path):
     hangs = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(60)"
     parts = [
         Part("first", "passes", python("print('5 passed')"), 20),
-        Part("second", "fails", python("print('trace'); raise SystemExit('wrong | number')"), 20),
+        Part("second", "fails", python("print('trace', flush=True); raise SystemExit('wrong | number')"), 20),
         Part("third", "hangs", python(hangs), 3, ends="out of time after 3 s"),
         Part("fourth", "cannot", ["none"], 20, reason="no such tool"),
         Part("fifth", "takes too long", ["none"], 900, least=500),
