@@ -53,7 +53,6 @@ KEEPS_APART = {
     "qwen3": ({}, True),
     "gpt2": ({}, True),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, False),  # counts positions itself
-    "falcon": ({"alibi": True}, False),
     "mamba": ({"state_size": 8}, False),
     "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
                "num_experts": 2, "mamba_d_state": 8}, False),  # leaks less than a tenth of what one sequence would
