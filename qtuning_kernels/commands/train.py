@@ -281,10 +281,11 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
     record = output / "record" / "samples.jsonl"
     if tags is not None and record.exists():
         with record.open(encoding="utf-8") as lines:
-            # a run that keeps everything scores nothing, and its samples are in no quadrant
+            # nothing is in a quadrant where the policy has none
             seen = [row for row in map(json.loads, lines) if row.get("quadrant") is not None]
         groups = [tags[row["id"]] for row in seen]
-        console.print(quadrant_table([row["quadrant"] for row in seen], [row["keep"] for row in seen], groups))
+        if seen:
+            console.print(quadrant_table([row["quadrant"] for row in seen], [row["keep"] for row in seen], groups))
     checkpoint = summary["checkpoint"]
     log(console, f"model in {checkpoint}; load it with")
     for loader in ("AutoModelForCausalLM", "AutoTokenizer"):
