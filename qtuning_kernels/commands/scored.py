@@ -23,37 +23,53 @@ def select_from_all(
         ValueError: the policy weighs tokens, or needs what only a run of training has.
     """
     import torch
+    from rich.progress import track
 
-    from qtuning_kernels.data.samples import cu_seqlens_of, to_sample
+    from qtuning_kernels.data.samples import to_sample
+    from qtuning_kernels.models.scoring import Scores
     from qtuning_kernels.pruning.policies import PoolStats, make_policy
     from qtuning_kernels.pruning.policies.protocol import SCORED
+    from qtuning_kernels.training.planner import refuse_nan
     from qtuning_kernels.training.selection import select
 
     policy = make_policy(config)
     if policy.weighted or "first_nll" in policy.needs:
         raise ValueError(f"policy {policy!r} is one of training; accepted: one that keeps or prunes by one scoring")
-    samples = [to_sample(row["input_ids"], row["labels"], row["sample_id"]) for row in inputs.samples]
-    scores = _score(inputs, samples, config, console) if policy.needs & SCORED else None
-    given = dict(scores._asdict()) if scores else {}
-    if reference is not None:
-        given["reference_nll"] = reference.nll(samples)
-    if missing := policy.needs - set(given):
-        raise ValueError(f"policy {policy!r} needs {missing}; accepted: --reference-model or --reference-scores")
-    ids = [sample.sample_id for sample in samples]
+    rows, ids = inputs.samples, inputs.samples["sample_id"][:]
+    scorer, device = _scorer(inputs, config, console) if policy.needs & SCORED else (None, "cpu")
+    # samples of about one length together, so that little of a batch is padding
+    order = sorted(range(len(ids)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
+    read = policy.needs and track(chunks, description="scoring", console=console)
+    found: dict[str, dict[int, Any]] = {}  # by name and sample, [T(x)]
+    for chunk in read or chunks:
+        samples = [to_sample(rows[i]["input_ids"], rows[i]["labels"], ids[i]) for i in chunk]
+        given = scorer.score(samples, device).cpu()._asdict() if scorer else {}
+        given["labels"] = torch.cat([sample.labels for sample in samples])
+        if reference is not None:
+            given["reference_nll"] = reference.nll(samples)
+        given.pop("cu_seqlens", None)
+        lengths = [len(sample.labels) for sample in samples]
+        for name, values in given.items():
+            found.setdefault(name, {}).update(zip(chunk, values.split(lengths), strict=True))
+    lengths = [len(found["labels"][i]) for i in range(len(ids))]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    stats: dict[str, Any] = {name: torch.cat([parts[i] for i in range(len(ids))]) for name, parts in found.items()}
+    scores = Scores(stats["nll"], stats["entropy"], stats["lse"], cu_seqlens) if scorer else None
+    if scores:
+        refuse_nan(scores, ids)
     generator = torch.Generator().manual_seed(seed)
-    pool = PoolStats(cu_seqlens_of(samples), ids, generator=generator, **{name: given[name] for name in policy.needs})
+    pool = PoolStats(cu_seqlens, ids, generator=generator, **{name: stats[name] for name in policy.needs})
     return select(pool, policy), scores
 
 
-def _score(inputs: Inputs, samples: list[Any], config: QTuningConfig, console: Any) -> "Scores":
+def _scorer(inputs: Inputs, config: QTuningConfig, console: Any) -> tuple[Any, str]:
+    """What scores with the model, and where."""
     import torch
-    from rich.progress import track
 
-    from qtuning_kernels.data.samples import cu_seqlens_of
     from qtuning_kernels.models.causal_lm import CausalLM
     from qtuning_kernels.models.matmul import choose_precision
-    from qtuning_kernels.models.scoring import Scorer, Scores
-    from qtuning_kernels.training.planner import refuse_nan
+    from qtuning_kernels.models.scoring import Scorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = inputs.model.to(device).requires_grad_(False)  # so that a copy in another precision is made once
@@ -61,16 +77,4 @@ def _score(inputs: Inputs, samples: list[Any], config: QTuningConfig, console: A
     causal_lm.check()
     precision = choose_precision(causal_lm.base, matmul=config.matmul, score_dtype=config.score_dtype)
     log(console, precision)
-    scorer = Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens)
-    # samples of about one length together, so that little of a batch is padding
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids), reverse=True)
-    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
-    stats: dict[int, Any] = {}  # [3, T(x)]
-    for chunk in track(chunks, description="scoring", console=console):
-        scores = scorer.score([samples[i] for i in chunk], device).cpu()
-        parts = torch.stack(scores[:3]).split(scores.cu_seqlens.diff().tolist(), dim=1)
-        stats |= zip(chunk, parts, strict=True)
-    nll, entropy, lse = torch.cat([stats[i] for i in range(len(samples))], dim=1)
-    scores = Scores(nll, entropy, lse, cu_seqlens_of(samples))
-    refuse_nan(scores, samples)
-    return scores
+    return Scorer(model, causal_lm, precision, batch_tokens=config.score_batch_tokens), device

@@ -127,7 +127,7 @@ class StepPlanner:
                 if self.policy.needs & SCORED:
                     all_scores, age = self.cache.score(samples, int(epoch), self._score)
                     scores = _split(all_scores, pools)
-                    refuse_nan(all_scores, samples)
+                    refuse_nan(all_scores, [sample.sample_id for sample in samples])
                 stats = [self._pool_stats(i, pool, scores, step, total_steps) for i, pool in enumerate(pools)]
             with clock.phase("select"):
                 shared = self.world_size > 1 and self.config.selection_scope == "global"
@@ -204,16 +204,16 @@ def _split(scores: Scores, pools: list[list[Sample]]) -> list[Scores]:
     return parts
 
 
-def refuse_nan(scores: Scores, samples: Sequence[Sample]) -> None:
+def refuse_nan(scores: Scores, sample_ids: Sequence[int | str]) -> None:
     """NaN everywhere is a broken model; NaN in some samples makes those ineligible (decision d)."""
     starts = scores.cu_seqlens.tolist()
     nan = torch.isnan(scores.nll) | torch.isnan(scores.entropy)
     counts = torch.cat([nan.new_zeros(1, dtype=torch.int64), nan.long().cumsum(0)]).tolist()
-    having = [i for i in range(len(samples)) if starts[i + 1] > starts[i]]
+    having = [i for i in range(len(sample_ids)) if starts[i + 1] > starts[i]]
     bad = [i for i in having if counts[starts[i + 1]] > counts[starts[i]]]
     if having and len(bad) == len(having):
         raise FloatingPointError(
-            f"the model gives NaN for every sample of the pool, the first is {samples[bad[0]].sample_id}: "
+            f"the model gives NaN for every sample of the pool, the first is {sample_ids[bad[0]]}: "
             "its weights or activations are not finite, and no step would mend that. "
             "Check the checkpoint, the learning rate and the precision."
         )

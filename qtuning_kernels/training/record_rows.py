@@ -47,7 +47,7 @@ def step_row(plan: StepPlan) -> dict[str, Any]:
         "tokens_seen": totals.tokens_seen,
         "tokens_kept": totals.tokens_kept,
         "tokens_scored": totals.tokens_scored,
-        "seconds": plan.clock.seconds,
+        "seconds": totals.seconds,
         "flops_spent": totals.flops_spent,
         "flops_full": totals.flops_full,
         "score_age_epochs": plan.score_age,

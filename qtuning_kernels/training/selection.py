@@ -47,7 +47,7 @@ class Selection:
 
     def keep_of(self, index: int) -> Tensor:
         """bool ``[T(x)]``: the tokens of one sample that are trained on."""
-        return self.token_mask[self.of(index)]
+        return self.token_weight[self.of(index)] != 0
 
     def kept_samples(self, samples: Sequence[Sample], token_mode: str) -> list[Sample]:
         """The kept ones, with the pruned tokens out of the loss (``"mask"``) or the sequence (``"drop"``)."""

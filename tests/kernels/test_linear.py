@@ -258,6 +258,19 @@ def rows_at_a_time(monkeypatch):
     return limit
 
 
+def check_loss(backend, hidden, weight, labels, token_weight, scale):
+    """Gradients of the weighted loss under that upstream gradient, against float64 and PyTorch in the same dtype."""
+
+    def ours(hidden, weight):
+        return qk.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight), torch.zeros(())
+
+    reference, upstream = torch_loss(labels, token_weight), [torch.tensor(scale, dtype=torch.float64), torch.zeros(())]
+    actual = truth.grads(ours, [hidden, weight], upstream)
+    expected = truth.grads(reference, [hidden.double(), weight.double()], upstream)
+    same = truth.grads(reference, [hidden, weight], upstream)
+    assert_grads(backend, actual, [hidden, weight], expected, same, labels, of_loss(token_weight, scale))
+
+
 @pytest.mark.parametrize("construct", [make, make_confident])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_chunks(backend, dtype, construct, rows_at_a_time):
@@ -265,16 +278,7 @@ def test_many_chunks(backend, dtype, construct, rows_at_a_time):
     takes a pass of its own over the head's columns."""
     hidden, weight, _, labels = construct(dtype, 100, 64, 1001)
     rows_at_a_time(16, 1001, dtype)
-    token_weight = torch.rand(100) * loss_scale(dtype)
-
-    def ours(hidden, weight):
-        return qk.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight), torch.zeros(())
-
-    reference = torch_loss(labels, token_weight)
-    actual = truth.grads(ours, [hidden, weight], LOSS_UPSTREAM)
-    expected = truth.grads(reference, [hidden.double(), weight.double()], LOSS_UPSTREAM)
-    same = truth.grads(reference, [hidden, weight], LOSS_UPSTREAM)
-    assert_grads(backend, actual, [hidden, weight], expected, same, labels, of_loss(token_weight))
+    check_loss(backend, hidden, weight, labels, torch.rand(100) * loss_scale(dtype), 0.7)
     stats = qk.linear_token_stats(hidden, weight, labels)
     assert_stats(backend, stats, hidden, weight, None, labels)
 
@@ -285,16 +289,7 @@ def test_a_last_block_of_one_column(backend, vocabulary, rows_at_a_time):
     the last block begins one earlier, in blocks of 3 and 6."""
     hidden, weight, _, labels = make(torch.bfloat16, 9, 8, vocabulary)
     rows_at_a_time(4, vocabulary, torch.bfloat16)
-    token_weight = torch.ones(9)
-
-    def ours(hidden, weight):
-        return qk.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight), torch.zeros(())
-
-    reference = torch_loss(labels, token_weight)
-    actual = truth.grads(ours, [hidden, weight], LOSS_UPSTREAM)
-    expected = truth.grads(reference, [hidden.double(), weight.double()], LOSS_UPSTREAM)
-    same = truth.grads(reference, [hidden, weight], LOSS_UPSTREAM)
-    assert_grads(backend, actual, [hidden, weight], expected, same, labels, of_loss(token_weight))
+    check_loss(backend, hidden, weight, labels, torch.ones(9), 0.7)
 
 
 # a mean over 4096 tokens, and the same under the loss scale with which float16 is trained
@@ -306,16 +301,7 @@ def test_small_weights_in_float16(backend, scale, construct, rows, rows_at_a_tim
     PyTorch multiplies first: that of confident hidden states was off by 1,670 units in the last place, PyTorch's 9."""
     hidden, weight, _, labels = construct(torch.float16, 24, 64, 1000)
     rows_at_a_time(rows, 1000, torch.float16)
-    token_weight = torch.full((24,), 2.0**-12)
-
-    def ours(hidden, weight):
-        return qk.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight), torch.zeros(())
-
-    reference, upstream = torch_loss(labels, token_weight), [torch.tensor(scale, dtype=torch.float64), torch.zeros(())]
-    actual = truth.grads(ours, [hidden, weight], upstream)
-    expected = truth.grads(reference, [hidden.double(), weight.double()], upstream)
-    same = truth.grads(reference, [hidden, weight], upstream)
-    assert_grads(backend, actual, [hidden, weight], expected, same, labels, of_loss(token_weight, scale))
+    check_loss(backend, hidden, weight, labels, torch.full((24,), 2.0**-12), scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

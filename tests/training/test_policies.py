@@ -18,7 +18,7 @@ from qtuning_kernels.training.score_cache import ScoreCache
 from tests.tiny import PRUNING, tiny_model, tiny_samples
 from tests.training.steps import assert_same_gradients, gradients
 from tests.training.test_hosts import FIXED, HostTrainer, make_plain, make_sft, sum_over_step
-from tests.training.test_trainer import assert_same_weights, weights
+from tests.training.test_trainer import check_resumes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,16 +185,8 @@ def test_weights_are_refused_where_the_loss_takes_none(tmp_path):
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_resume_in_the_middle_of_an_epoch(tmp_path, policy):
-    """24 samples in pools of 8: three steps an epoch. A checkpoint after 4 of 8 steps, then on from there."""
-    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
-    whole = run(tmp_path / "whole", policy, **settings)
-    whole.train()
-    resumed = run(tmp_path / "resumed", policy, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert_same_weights(weights(whole), weights(resumed))
-    ours, theirs = whole.qtuning_summary(), resumed.qtuning_summary()
-    for name in ("steps", "samples_seen", "samples_kept", "tokens_kept", "loss_first", "loss_last"):
-        assert ours[name] == theirs[name], name
+    """24 samples in pools of 8: three steps an epoch."""
+    check_resumes(lambda name, **saving: run(tmp_path / name, policy, **saving))
 
 
 def test_draws_differ_from_step_to_step(tmp_path):

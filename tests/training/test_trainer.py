@@ -152,6 +152,20 @@ def assert_same_weights(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def check_resumes(make):
+    """A checkpoint after 4 of 8 steps, then on from there in another folder: the same bits and accounts."""
+    saving = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    whole = make("whole", **saving)
+    whole.train()
+    resumed = make("resumed", **saving)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    assert_same_weights(weights(whole), weights(resumed))
+    ours, theirs = whole.qtuning_summary(), resumed.qtuning_summary()
+    names = ("steps", "samples_seen", "samples_kept", "tokens_kept", "kept_by_quadrant", "loss_first", "loss_last")
+    for name in names:
+        assert ours[name] == theirs[name], name
+
+
 STRATEGIES = {
     "rescore": PRUNING,
     "cached scores": {**PRUNING, "rescore_every": 2},
@@ -161,16 +175,8 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("config", STRATEGIES.values(), ids=STRATEGIES)
 def test_resume_in_the_middle_of_an_epoch(tmp_path, config):
-    """24 samples in pools of 8: three steps an epoch. A checkpoint after 4 of 8 steps, then on from there."""
-    kwargs = {"config": config, "count": 24, "max_steps": 8, "save_strategy": "steps", "save_steps": 4}
-    whole = trainer(tmp_path / "whole", **kwargs)
-    whole.train()
-    resumed = trainer(tmp_path / "resumed", **kwargs)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert_same_weights(weights(whole), weights(resumed))
-    ours, theirs = whole.qtuning_summary(), resumed.qtuning_summary()
-    for name in ("steps", "samples_seen", "tokens_kept", "kept_by_quadrant", "loss_first", "loss_last"):
-        assert ours[name] == theirs[name], name
+    """24 samples in pools of 8: three steps an epoch."""
+    check_resumes(lambda name, **saving: trainer(tmp_path / name, config=config, count=24, **saving))
 
 
 def test_cached_scores_spare_the_scoring_pass(tmp_path):
