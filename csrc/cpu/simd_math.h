@@ -24,46 +24,51 @@ QT_FUNCTION float exp2_in_range(float t) {
   return bit_cast<float>(bit_cast<uint32_t>(power) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
+// exact - a·b with one rounding, where the two are nearly equal.
+QT_FUNCTION float minus_product(float exact, float a, float b) {
+#ifdef QT_FMA
+  return __builtin_fmaf(-a, b, exact);
+#else  // in parts whose products are exact
+  const float a_high = bit_cast<float>(bit_cast<uint32_t>(a) & 0xfffff000u);
+  const float b_high = bit_cast<float>(bit_cast<uint32_t>(b) & 0xfffff000u);
+  return ((exact - a_high * b_high) - a_high * (b - b_high)) - (a - a_high) * b;
+#endif
+}
+
 // tanh x within 1 ULP: a softcap multiplies its error, so that one of 2 ULP shows beside PyTorch's.
 //
-// Near 0, where 1 - e would cancel for e = e^(-2|x|), an odd polynomial; else 1 - 2e/(1 + e). There the rounding errors
-// of e, of 1 + e and of the last difference are known, and their effect is added at the end.
+// -tanh|x| = e/(2 + e) for e = e^(-2|x|) - 1 = 2^-n·part + (2^-n - 1), where part = e^(-2r) - 1, |r| <= ln 2 / 4. What
+// rounding takes from part, e and the quotient is known, and added at the end. Bounds are those of whole numbers, whose
+// minimum is one instruction: NaN is put back last.
 QT_FUNCTION float vector_tanh(float x) {
-  const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
-  const float square = x * x;
-  float q = -5.696621513e-3f;
-  q = q * square + 2.063188913e-2f;
-  q = q * square - 5.373760505e-2f;
-  q = q * square + 1.333141818e-1f;
-  q = q * square - 3.333328111e-1f;
-  const float near_zero = q * square * x + x;
-
-  // e^(-2|x|) = 2^-n·e^(-2r) with |r| <= ln 2 / 4; ln 2 / 2 is taken in two parts, the first one short
+  const int32_t magnitude = bit_cast<int32_t>(x) & 0x7fffffff;
+  const int32_t most = 0x41120000;  // 9.125, whose tanh is 1
+  const float bounded = bit_cast<float>(magnitude < most ? magnitude : most);
   const float magic = 12582912.0f;
-  const float bounded = magnitude > 20.0f ? 20.0f : magnitude;
-  const float shifted = bounded * 2.885390082f + magic;
-  const float n = shifted - magic;
-  const float r = (bounded - n * 0.3466796875f) + n * 1.060972200e-4f;
-  float p = 8.859899157e-2f;
-  p = p * r - 2.679746582e-1f;
-  p = p * r + 6.666880889e-1f;
-  p = p * r - 1.333314453f;
-  p = p * r + 1.999999767f;
-  p = p * r - 2.0f;
-  const float part = p * r;
-  const float power = part + 1.0f;
-  const float scale = bit_cast<float>(0x3f800000u - (bit_cast<uint32_t>(shifted) << 23));
-  const float e = power * scale;
-  const float e_rest = (part - (power - 1.0f)) * scale;
-  const float sum = 1.0f + e;
-  const float sum_rest = e - (sum - 1.0f);
-  const float ratio = e / sum;
-  const float ratio_rest = (e_rest * (1.0f - ratio) - ratio * sum_rest) * (1.0f - ratio);
-  const float twice = 2.0f * ratio;
-  const float difference = 1.0f - twice;
-  const float far = difference + (((1.0f - difference) - twice) - 2.0f * ratio_rest);
-  const float far_signed = bit_cast<float>(bit_cast<uint32_t>(far) | (bit_cast<uint32_t>(x) & 0x80000000u));
-  return magnitude < 0.625f ? near_zero : far_signed;
+  const int32_t most_n = 0x4b400018;  // magic + 24: beyond, 2^-n - 1 would be rounded
+  const int32_t n_bits = bit_cast<int32_t>(bounded * 2.885390082f + magic);
+  const int32_t shifted = n_bits < most_n ? n_bits : most_n;
+  const float n = bit_cast<float>(shifted) - magic;
+  const float r = (bounded - n * 0.3466796875f) + n * 1.060972200e-4f;  // ln 2 / 2 in two parts, the first one short
+  float p = 8.927180843e-02f;
+  p = p * r - 2.677727188e-01f;
+  p = p * r + 6.666600222e-01f;
+  p = p * r - 1.333322649f;
+  p = p * r + 2.000000028f;
+  const float curved = p * (r * r);
+  const float twice = r + r;
+  const float part = curved - twice;
+  const float part_rest = curved - (part + twice);
+  const float scale = bit_cast<float>(0x3f800000u - (uint32_t(shifted) << 23));
+  const float offset = scale - 1.0f;
+  const float e = part * scale + offset;
+  const float e_rest = (part * scale + (offset - e)) + part_rest * scale;
+  const float quotient = e / (e + 2.0f);
+  const float slope = 1.0f - quotient;  // 2/(2 + e)
+  const float rest = minus_product(e - 2.0f * quotient, quotient, e) + e_rest * slope;
+  const float result = rest * (0.5f * slope) + quotient;
+  const uint32_t bits = (bit_cast<uint32_t>(result) & 0x7fffffffu) | (bit_cast<uint32_t>(x) & 0x80000000u);
+  return x == x ? bit_cast<float>(bits) : x;
 }
 
 }  // namespace qt
