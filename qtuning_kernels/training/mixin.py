@@ -196,13 +196,14 @@ class QTuningMixin(Host):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.args.should_save and self._planner is not None:
+        if self._planner is not None:
             metadata = {
                 "totals": json.dumps(asdict(self.totals)),
                 "matmul": self._planner.precision.matmul,
                 "score_dtype": self._planner.precision.score_dtype,
             }
-            self._planner.cache.save(Path(output_dir) / STATE_FILE, metadata)
+            path = Path(output_dir) / STATE_FILE if self.args.should_save else None
+            self._planner.cache.save(path, metadata)
 
     # the run's own bookkeeping
 

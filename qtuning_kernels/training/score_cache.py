@@ -61,12 +61,21 @@ class ScoreCache:
             return False
         return epoch - entry[0] < self.rescore_every
 
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes all entries, and `metadata`, as one safetensors file."""
-        ids = list(self._entries)
-        stats = [self._entries[i][1] for i in ids]
+    def save(self, path: Path | None, metadata: dict[str, str]) -> None:
+        """Writes the newest entries of all processes, and `metadata`, as one safetensors file.
+
+        Every process calls it; those without a path write nothing. What a resumed run deals to a process another one
+        may have scored.
+        """
+        entries: dict[int | str, tuple[int, Tensor]] = {}
+        for part in gather(self._entries):
+            entries |= {i: entry for i, entry in part.items() if i not in entries or entries[i][0] < entry[0]}
+        if path is None:
+            return
+        ids = list(entries)
+        stats = [entries[i][1] for i in ids]
         tensors = {
-            "epoch": torch.tensor([self._entries[i][0] for i in ids], dtype=torch.int64),
+            "epoch": torch.tensor([entries[i][0] for i in ids], dtype=torch.int64),
             "length": torch.tensor([s.shape[1] for s in stats], dtype=torch.int64),
             "stats": torch.cat([torch.zeros(3, 0), *stats], dim=1),
             "first_nll": torch.tensor(list(self._first.values()), dtype=torch.float64),

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.distributed import balance_by_tokens
+from qtuning_kernels.training.mixin import STATE_FILE
 from tests.processes import ROOT, run_processes
 
 
@@ -64,11 +66,16 @@ def test_many_processes_weigh_the_loss_as_one(tmp_path):
 
 
 def test_each_process_selects_from_its_own_pool(tmp_path):
-    """selection_scope="rank": of each of two pools of eight, two are kept by each process."""
+    """selection_scope="rank": of each of two pools of eight, two are kept by each process. A checkpoint has the scores
+    of both: those of rank 0 alone were saved."""
     output = tmp_path / "rank"
-    run = launch(output, 2, "--pool", "16", "--scope", "rank")
+    run = launch(output, 2, "--pool", "16", "--scope", "rank", "--rescore-every", "2", "--save-steps", "5")
     assert run.returncode == 0, run.stderr[-2000:]
     assert result(output)["summary"]["samples_kept"] == 5 * 2 * 2 * 2
+    seen = set(read_record(output / "record").samples.id)
+    with safe_open(output / "checkpoint-5" / STATE_FILE, framework="pt") as state:
+        assert {str(i) for i in json.loads(state.metadata()["ids"])} == {str(i) for i in seen}
+    assert len(seen) == 5 * 2 * 16
 
 
 def test_a_process_with_nothing_left_takes_part(tmp_path):
