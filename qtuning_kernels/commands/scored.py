@@ -60,7 +60,7 @@ def select_from_all(
         refuse_nan(scores, ids)
     generator = torch.Generator().manual_seed(seed)
     pool = PoolStats(cu_seqlens, ids, generator=generator, **{name: stats[name] for name in policy.needs})
-    return select(pool, policy), scores
+    return select([pool], policy)[0], scores
 
 
 def _scorer(inputs: Inputs, config: QTuningConfig, console: Any) -> tuple[Any, str]:

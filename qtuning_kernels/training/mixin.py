@@ -54,8 +54,8 @@ class QTuningMixin(Host):
     Args:
         *args, **kwargs: the host's.
         qtuning: the settings; default `QTuningConfig()`.
-        reference_model, reference_nll: as in `ReferenceScores`, for a policy that needs them; the first is moved to the
-            run's device.
+        reference_model, reference_nll: as in `ReferenceScores`, for a policy that compares with it; the first is moved
+            to the run's device.
 
     Raises:
         ValueError: a model that is not supported, a pool of one, a wrapper in which this cannot work; from training, a
@@ -86,6 +86,10 @@ class QTuningMixin(Host):
         if "reference_nll" in self.policy.needs:
             model = reference_model and reference_model.to(self.args.device)
             self.reference = ReferenceScores(model, reference_nll)
+        elif reference_model is not None or reference_nll is not None:
+            raise ValueError(
+                f"policy {self.policy!r} compares with no reference; accepted: without reference_model, reference_nll"
+            )
         self.causal_lm = CausalLM(self.model)
         self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.sharded:  # or else its weights may be in parts already

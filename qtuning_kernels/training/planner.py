@@ -131,7 +131,7 @@ class StepPlanner:
                 stats = [self._pool_stats(i, pool, scores, step, total_steps) for i, pool in enumerate(pools)]
             with clock.phase("select"):
                 shared = self.world_size > 1 and self.config.selection_scope == "global"
-                selections = [select(pool, self.policy, shared=shared) for pool in stats]
+                selections = select(stats, self.policy, shared=shared)
         with clock.phase("compact"):
             if self.selects:
                 pairs = zip(pools, selections, strict=True)

@@ -58,24 +58,31 @@ class Selection:
         return [prune(samples[i], self.keep_of(i)) for i in kept]
 
 
-def select(pool: PoolStats, policy: Policy, *, shared: bool = False) -> Selection:
-    """What `policy` keeps of a pool.
+def select(pools: Sequence[PoolStats], policy: Policy, *, shared: bool = False) -> list[Selection]:
+    """What `policy` keeps of each pool.
 
     Args:
-        pool: its statistics.
+        pools: their statistics.
         policy: decides.
         shared: take the pools of all processes as one (``selection_scope="global"``): every process decides about the
-            same pool and takes its own part. What they exchange is a few numbers per trainable token.
+            same pool and takes its own part. What they exchange, once, is a few numbers per trainable token.
 
     Raises:
         ValueError: the policy's decision is of another shape or dtype, or weighs tokens without saying so.
     """
-    samples = slice(0, len(pool.num_tokens))
-    if shared:
-        parts = gather(replace(pool, generator=torch.Generator()))
+    if not shared:
+        return [_decided(pool, policy, slice(0, len(pool.num_tokens))) for pool in pools]
+    of_processes = gather([replace(pool, generator=torch.Generator()) for pool in pools])
+    selections = []
+    for pool, *parts in zip(pools, *of_processes, strict=True):
         start = sum(len(part.num_tokens) for part in parts[: dist.get_rank()])
         samples = slice(start, start + len(pool.num_tokens))
-        pool = replace(_joined(parts), generator=pool.generator)
+        selections.append(_decided(replace(_joined(parts), generator=pool.generator), policy, samples))
+    return selections
+
+
+def _decided(pool: PoolStats, policy: Policy, samples: slice) -> Selection:
+    """The part of a pool's selection that these samples are."""
     decision = _checked(policy(pool), pool, policy)
     keep = decision.keep & (pool.num_tokens > 0)
     weight = torch.where(pool.per_token(keep), decision.token_weight, 0.0)

@@ -95,7 +95,7 @@ def test_collectives_of_a_step(tmp_path, wrapper):
     run = launch(output, 2, "--pool", "16", "--accumulation", "2", "--count", "--wrapper", wrapper)
     assert run.returncode == 0, run.stderr[-2000:]
     counts = result(output)["collectives"]
-    objects = 4  # scores of either pool, all kept samples, the accounts; of two collectives each: sizes and bytes
+    objects = 3  # scores of the pools, all kept samples, the accounts; of two collectives each: sizes and bytes
     hosts = 2  # numbers of labels, of the batches that came and of those they were cut to
     if wrapper == "ddp":
         assert counts.pop("c10d::allreduce_") == 1  # one bucket of gradients

@@ -267,15 +267,20 @@ def test_reference_from_a_model_from_scores_and_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("policy", "given", "message"),
     [
-        ({}, "reference_model and reference_nll are None; accepted"),
-        ({"reference_nll": {1000: [1.0]}}, "reference_nll has no sample 10|entries; accepted"),
-        ({"reference_nll": {1000 + i: [1.0] * 99 for i in range(8)}}, r"sample 1000 has 99 entries; accepted: \d+"),
+        (AboveReference(), {}, "reference_model and reference_nll are None; accepted"),
+        (AboveReference(), {"reference_nll": {1000: [1.0]}}, "reference_nll has no sample 10|entries; accepted"),
+        (
+            AboveReference(),
+            {"reference_nll": {1000 + i: [1.0] * 99 for i in range(8)}},
+            r"sample 1000 has 99 entries; accepted: \d+",
+        ),
+        ("longest", {"reference_nll": {}}, "compares with no reference; accepted: without"),
     ],
 )
-def test_a_bad_reference_is_refused(tmp_path, given, message):
-    config = qk.QTuningConfig(policy=AboveReference(), record=False, **FIXED)
+def test_a_bad_reference_is_refused(tmp_path, policy, given, message):
+    config = qk.QTuningConfig(policy=policy, record=False, **FIXED)
     arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match=message):
         gradients(
