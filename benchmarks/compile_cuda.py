@@ -27,6 +27,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+def nvcc_version() -> str:
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said).group(1)
+
+
 def compile_source(source: Path, arch: str) -> bytes:
     """The cubin of one file, from the cache in build/ if nothing has changed. A warning is an error.
 

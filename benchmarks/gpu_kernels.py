@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ class Entry:
     passes: int = 1  # loops over the logits
     matrix: bool = False  # what a loop loads does not tell how many logits it works on
     compiled: Kernel | None = None  # by another compiler than Triton
+    compiler: str = f"triton {metadata.version('triton')}"
 
 
 OURS = "qtuning-kernels"
@@ -62,17 +64,19 @@ def token_stats_backward(
     upstream: tuple[str, ...],
     softcap: float | None = None,
     same_lead: bool = True,
+    dtype: str = "bf16",
     name: str = "",
 ) -> Entry:
     """The backward for these upstream gradients; in place unless the rows lie differently (`same_lead`)."""
     module = _module("token_stats_backward")
-    constants, options = _split(module.backward_config(vocabulary, 2, arch))
-    rows = _rows(vocabulary, softcap)
-    arguments = {"logits_ptr": LOGITS, "grad_ptr": LOGITS, "labels_ptr": LABELS, **STATS, **rows}
+    itemsize = 4 if dtype == "fp32" else 2
+    constants, options = _split(module.backward_config(vocabulary, itemsize, arch))
+    rows, logits = _rows(vocabulary, softcap), f"*{dtype}:16"
+    arguments = {"logits_ptr": logits, "grad_ptr": logits, "labels_ptr": LABELS, **STATS, **rows}
     arguments |= {"grad_shift": "i32:16", "grad_stride_a": rows["stride_a"], "grad_stride_c": rows["stride_c"]}
     for x in ("nll", "entropy", "lse"):
         arguments |= {f"grad_{x}_ptr": STAT if x in upstream else None, f"HAS_{x.upper()}": x in upstream}
-    arguments |= {"SLOPE": 1.0, "VECTOR": 8, "SAME_LEAD": same_lead, **constants}
+    arguments |= {"SLOPE": 1.0, "VECTOR": 16 // itemsize, "SAME_LEAD": same_lead, **constants}
     name = name or f"token_stats_backward, {' '.join(upstream)}"
     return Entry(OURS, name, module.token_stats_backward_kernel, arguments, options)
 
@@ -141,8 +145,25 @@ def flash_linear_attention(arch: str, divisible: bool) -> Iterator[Entry]:
     yield Entry("flash-linear-attention", name, module.cross_entropy_bwd_kernel, backward, {"num_warps": 8}, tile=4096)
 
 
+def trl(arch: str, divisible: bool) -> Iterator[Entry]:
+    """The log-probability and the entropy of logits [N, V], and their gradient."""
+    module = importlib.import_module("trl.kernels.logprob_entropy")
+    tile, row = module._BLOCK_SIZE, "i32:16" if divisible else "i32"
+    arguments = {"logits_ptr": LOGITS, "index_ptr": LABELS, "row_mask_ptr": LABELS, "log_z_ptr": STAT}
+    arguments |= {"logprobs_ptr": STAT, "entropy_ptr": STAT, "expected_logit_ptr": STAT}
+    arguments |= {"logits_batch_stride": "i32:16", "logits_row_stride": row, "index_batch_stride": "i32:16"}
+    arguments |= {"index_row_stride": 1, "mask_batch_stride": "i32:16", "mask_row_stride": "i32:16"}
+    arguments |= {"n_cols": VOCABULARY[divisible], "rows_per_batch": "i32:16", "TEMPERATURE": 1.0, "HAS_MASK": False}
+    arguments |= {"BLOCK_SIZE": tile, "grad_logits_ptr": LOGITS, "grad_logits_row_stride": row}
+    arguments |= {"grad_logits_batch_stride": "i32:16", "grad_logprobs_ptr": STAT, "grad_entropy_ptr": STAT}
+    arguments |= {"HAS_LOGPROB_GRAD": True, "HAS_ENTROPY_GRAD": True}
+    yield Entry("trl", "log-probability and entropy", module._forward_kernel, arguments)
+    yield Entry("trl", "their gradient", module._backward_kernel, arguments, tile=tile)
+
+
 LIBRARIES: dict[str, Callable[[str, bool], Iterator[Entry]]] = {
     OURS: ours,
     "liger-kernel": liger,
     "flash-linear-attention": flash_linear_attention,
+    "trl": trl,
 }

@@ -5,7 +5,7 @@
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
 results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Rows of a library
 and an architecture that are not compiled now stay as they are. Peers are compiled where they are installed:
-``pip install --no-deps liger-kernel flash-linear-attention fla-core einops``.
+``pip install --no-deps liger-kernel flash-linear-attention fla-core einops trl; pip install quack-kernels``.
 """
 
 import argparse
@@ -14,17 +14,16 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined; interpreted kernels cannot be compiled
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
-import triton
-
-from benchmarks import gpu_static_cuda
+from benchmarks import gpu_static_cuda, gpu_static_quack
 from benchmarks.common import fill, markdown, read_rows, write_rows
 from benchmarks.compile_ahead import TARGETS, compile_kernel
 from benchmarks.gpu_kernels import LIBRARIES as TRITON_LIBRARIES
 from benchmarks.gpu_kernels import OURS, Entry
 
-LIBRARIES = TRITON_LIBRARIES | {gpu_static_cuda.LIBRARY: gpu_static_cuda.entries}
+LIBRARIES = TRITON_LIBRARIES | {x.LIBRARY: x.entries for x in (gpu_static_quack, gpu_static_cuda)}
 RESULTS = Path(__file__).parent / "results"
 # clocks in which DRAM delivers 2 bytes for each of 32 lanes of one of a multiprocessor's four partitions
 READ_CLOCKS = {"sm_80": 19.6, "sm_90": 17.7, "sm_100": 8.8}
@@ -40,6 +39,7 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
     loop = loops[0] if loops else None
     row = {
         "library": entry.library,
+        "version": metadata.version(entry.library.partition(",")[0]),
         "kernel": entry.name,
         "arch": arch,
         "vocabulary": "divisible by 16" if divisible else "odd",
@@ -49,7 +49,7 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
         "threads": kernel.threads,
         "blocks_per_multiprocessor": kernel.blocks_per_multiprocessor or "",
         "code_instructions": len(kernel.code.instructions),
-        "triton": triton.__version__,
+        "compiler": entry.compiler,
     }
     if loop is None:
         return row
@@ -62,7 +62,8 @@ def inspect(entry: Entry, arch: str, divisible: bool) -> dict[str, object]:
         counts = [entry.tile / kernel.threads if entry.tile else x.load_bytes / 2 for x in loops]
         per_element = list(zip(loops, counts, strict=True))
         instructions = sum(len(x.instructions) / n for x, n in per_element)
-        moved = sum((x.load_bytes + x.store_bytes) / n for x, n in per_element)
+        # of a tile the logits alone: what else it loads is of the row, and the same for every thread
+        moved = sum(((2 * n if entry.tile else x.load_bytes) + x.store_bytes) / n for x, n in per_element)
         row |= {
             "instructions_per_element": f"{instructions:.2f}",
             "exponentials_per_element": f"{sum(x.exponentials / n for x, n in per_element):.4f}",
@@ -164,6 +165,7 @@ def table(rows: list[dict[str, str]], arch: str) -> str:
     """The rows of one architecture as Markdown."""
     columns = {
         "library": "library",
+        "version": "version",
         "kernel": "kernel",
         "vocabulary": "vocabulary",
         "registers": "registers",

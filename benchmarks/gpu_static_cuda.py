@@ -20,9 +20,10 @@ def entries(arch: str, divisible: bool) -> Iterator[Entry]:
         return
     if compile_cuda.nvcc() is None:
         raise ImportError("there is no nvcc")
+    compiler = f"nvcc {compile_cuda.nvcc_version()}"
     for name, kernel in compile_cuda.table(arch):
         per_logit = name.startswith("token_stats")
         if divisible or per_logit:
             # where alignments differ a logit is loaded twice, so that loads do not count logits
             countable = per_logit and "other alignment" not in name
-            yield Entry(LIBRARY, name, None, {}, compiled=kernel, matrix=not countable)
+            yield Entry(LIBRARY, name, None, {}, compiled=kernel, compiler=compiler, matrix=not countable)

@@ -77,6 +77,7 @@ class Kernel:
     code: Loop  # all of it, as if it were one trip
     loops: list[Loop] = field(default_factory=list)
     spilled_registers: int = 0  # on AMD, where they may go to other registers than to memory
+    flow: list[tuple[str, list[int]]] = field(default_factory=list)  # of NVIDIA: a mnemonic, and which may come next
 
     @cached_property
     def blocks_per_multiprocessor(self) -> int | None:
@@ -96,6 +97,23 @@ class Kernel:
     def store_only_loops(self) -> list[Loop]:
         """Loops that write global memory and read none of it."""
         return [x for x in self.loops if x.store_bytes and not x.load_bytes]
+
+
+def _flow(
+    instructions: list[tuple[int, str, str]], labels: dict[str, int], guarded: set[int]
+) -> list[tuple[str, list[int]]]:
+    """The control-flow graph; `guarded`: the positions of instructions that a predicate may switch off."""
+    index = {position: i for i, (position, _, _) in enumerate(instructions)}
+    flow = []
+    for i, (position, op, target) in enumerate(instructions):
+        name = op.split(".")[0]
+        following = [index[labels[target]]] if target in labels else []
+        if name in ("BRX", "JMX"):
+            following = [index[label] for label in labels.values()]  # any of them, where the code does not say
+        if i + 1 < len(instructions) and (position in guarded or name not in ("EXIT", "RET", "BRA", "BRX", "JMX")):
+            following.append(i + 1)
+        flow.append((op, following))
+    return flow
 
 
 def _widths(instructions: list[str], kind: str, vendor: str) -> Counter:
@@ -149,7 +167,8 @@ def _tool(name: str) -> str:
     return str(bundled) if bundled.exists() else name
 
 
-def _run(tool: str, *args: str) -> str:
+def run_tool(tool: str, *args: str | Path) -> str:
+    """What one of the disassembler's tools prints; Triton brings them."""
     return subprocess.run([_tool(tool), *args], check=True, capture_output=True, text=True).stdout
 
 
@@ -165,8 +184,8 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        text = _run("nvdisasm", "-c", file.name)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        text = run_tool("nvdisasm", "-c", file.name)
     resources = {}
     pattern = r"Function (\S+):\s*\n\s*REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)"
     for name, *numbers in re.findall(pattern, usage):
@@ -176,16 +195,18 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
         match = re.match(r"\.section\s+\.text\.([\w$.]+)", section)
         if not match or match.group(1) not in resources:
             continue
-        instructions, labels, pending, local = [], {}, [], 0
+        instructions, labels, pending, guarded, local = [], {}, [], set(), 0
         for line in section.splitlines():
             if label := re.match(r"\s*(\.L_x_\d+):", line):
                 pending.append(label.group(1))
-            elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-                position, op, rest = int(found.group(1), 16), found.group(2), found.group(3)
+            elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+                position, op, rest = int(found.group(1), 16), found.group(3), found.group(4)
                 labels.update(dict.fromkeys(pending, position))
                 pending = []
                 target = re.search(r"`\((\.L_x_\d+)\)", rest)
                 instructions.append((position, op, target.group(1) if target and op.startswith("BRA") else ""))
+                if found.group(2) or re.match(r"\s*!?U?P\w", rest):
+                    guarded.add(position)
                 local += op.startswith(("LDL", "STL"))
         name = match.group(1)
         registers, stack, shared, _ = resources[name]
@@ -200,6 +221,7 @@ def read_cubin(cubin: bytes, arch: str, threads: int, dynamic_shared: int = 0) -
                 threads=threads,
                 code=Loop(0, [op for _, op, _ in instructions if op != "NOP"]),
                 loops=_innermost_loops(instructions, labels, "nvidia"),
+                flow=_flow(instructions, labels, guarded),
             )
         )
     return kernels
