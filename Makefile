@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-slow test-oldest bench gpu docs-figures lint lint-csrc format sanitize clean
+.PHONY: train test test-slow test-oldest bench gpu hub-kernel docs-figures lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
 	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
@@ -41,6 +41,10 @@ bench: $(VENV)/installed $(VENV)/fetched
 MINUTES ?= 25
 gpu:
 	@$(PYTHON) -m benchmarks.gpu_day --torch '$(TORCH)' --minutes $(MINUTES) $(ARGS)
+
+# The Triton kernels as a package of the Hugging Face `kernels` library, in build/hub_kernel.
+hub-kernel:
+	@$(PYTHON) tools/hub_kernel/make.py
 
 # What the pages take from the rows of benchmarks/results.
 docs-figures: $(VENV)/installed
