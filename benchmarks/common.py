@@ -59,7 +59,7 @@ def processor() -> str:
 
 def _versions() -> str:
     """Of what is measured beside this package, and of what makes data."""
-    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton", "reasoning-gym")
+    names = ("transformers", "trl", "cut-cross-entropy", "liger-kernel", "quack-kernels", "triton", "reasoning-gym")
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

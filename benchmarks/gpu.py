@@ -5,14 +5,18 @@
 CUDA events around each call, the L2 cache flushed before it, the cases of a group interleaved, median of many. Row
 operators: GB/s of the bytes that they must move, and their share of the bandwidth of a copy measured in the same run.
 From hidden states: TFLOP/s of the products that they must make, and their share of the head's product alone. What a
-peer cannot do here stands in its row. Rows are added to gpu.csv in --output as each group ends.
+peer cannot do here stands in its row. Rows are added to gpu.csv in --output as each group ends; a group that is ended
+(SIGTERM) is written as far as it came.
 """
 
 import argparse
+import contextlib
+import functools
 import os
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +31,7 @@ from qtuning_kernels.kernels.dispatch import unavailable_reason
 
 SHARES = (0.06, 0.25, 1.0)  # of kept tokens
 BASELINES = {"rows": "copy", "linear": "head product alone"}
+MOST_SECONDS = 60  # of a call: the first compiles, and some peers try many kernels
 
 
 class Case(NamedTuple):
@@ -71,6 +76,12 @@ def liger(logits: Tensor, labels: Tensor) -> Tensor:
     return liger_cross_entropy(logits * 1, labels, reduction="sum")  # it overwrites its input
 
 
+def trl(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, labels)
+
+
 def quack(logits: Tensor, labels: Tensor) -> Tensor:
     from quack.cross_entropy import cross_entropy
 
@@ -99,7 +110,7 @@ def row_cases(rows: int, vocabulary: int, device: str) -> dict[str, Case]:
     logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16, device=device)
     labels = torch.randint(0, vocabulary, (rows,), device=device)
     size = logits.numel() * logits.element_size()
-    compiled = torch.compile(eager_stats)
+    compiled = functools.cache(lambda: torch.compile(eager_stats))  # where it is called: a plan needs no compiler
 
     def of_stats(stats: Callable[..., tuple]) -> Callable[[], object]:
         return gradient(lambda x: stats(x, labels)[0].sum(), logits)
@@ -114,12 +125,14 @@ def row_cases(rows: int, vocabulary: int, device: str) -> dict[str, Case]:
         "copy": Case(lambda: torch.empty_like(logits).copy_(logits), 2 * size),
         "token_stats": Case(lambda: qk.token_stats(logits, labels), size),
         "eager": Case(lambda: eager_stats(logits, labels), size),
-        "torch.compile": Case(lambda: compiled(logits, labels), size),
+        "torch.compile": Case(lambda: compiled()(logits, labels), size),
         # a read; a read of what is kept and a write of everything
         **{f"token_stats, gradient of {s:.0%}": Case(of_kept(s), size * (2 + s)) for s in SHARES},
         "token_stats, gradient in place, of a copy": Case(of_kept(1.0, copies=True), size * 5),
         "eager, gradient": Case(of_stats(eager_stats), size * 3),
-        "torch.compile, gradient": Case(of_stats(compiled), size * 3),
+        "torch.compile, gradient": Case(of_stats(lambda x, y: compiled()(x, y)), size * 3),
+        "trl": Case(lambda: trl(logits, labels), size),
+        "trl, gradient": Case(of_stats(trl), size * 3),
         "liger-kernel, gradient, of a copy": Case(gradient(lambda x: liger(x, labels), logits), size * 5),
         "quack-kernels, gradient": Case(gradient(lambda x: quack(x, labels), logits), size * 3),
     }
@@ -175,6 +188,22 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """A TimeoutError after so many; between the steps of what is called, not within one."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(
     cases: dict[str, Case], repeats: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
@@ -184,21 +213,27 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for round_ in range(repeats + 3):
-        for name in [name for name in cases if name not in failed]:
-            sweep.zero_()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            try:
-                taken = milliseconds(cases[name].call, device)
-            except Exception as error:  # whatever a peer, its compiler or a memory that is too small raise
-                failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-                continue
-            if round_ >= 3:
-                times[name].append(taken)
-            if device == "cuda":
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        for round_ in range(repeats + 3):
+            for name in [name for name in cases if name not in failed]:
+                sweep.zero_()
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                try:
+                    with at_most(MOST_SECONDS):
+                        taken = milliseconds(cases[name].call, device)
+                except Exception as error:  # whatever a peer, its compiler or a memory that is too small raise
+                    failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                    print(f"{name}: {failed[name]}", flush=True)
+                    continue
+                if round_ >= 3:
+                    times[name].append(taken)
+                if device == "cuda":
+                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    except KeyboardInterrupt:
+        print("ended early", flush=True)
+    failed |= {name: "ended early" for name in cases if name not in failed and len(times[name]) < 2}
     return {name: taken for name, taken in times.items() if name not in failed}, peaks, failed
 
 
@@ -253,4 +288,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -2,6 +2,7 @@
 
     make gpu MINUTES=25                 or: python -m benchmarks.gpu_day --minutes 25
     make gpu ARGS='--offline wheels'    takes every package from a folder
+    make gpu ARGS='--torch here'        with the torch and the other packages of this Python
     make gpu ARGS=--rehearse            the same on this machine's CPU, in tiny sizes
 
 Needs nothing but Python and a driver: the first part makes an environment. Each part is a process with a time limit.
@@ -12,7 +13,6 @@ one folder per device, ``benchmarks/results/gpu/NAME``; `make docs-figures` puts
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_environment import ROOT, Device, find_device, find_nvcc
+from benchmarks.gpu_environment import ROOT, Device, find_device, find_tool
 from benchmarks.gpu_pages import tables
 
 TAIL = 25  # lines of a part's output that the report shows where it went wrong
@@ -117,10 +117,15 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
     step = [python, "-m", "benchmarks.step", "--device", "cuda", "--allocators", "default"]
     step += ["--output", str(folder / "step.csv")]
     variants = ["--variants", "full data", "full data, TRL", "eager Q-Tuning", "ours"]
-    one = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor an allocation of its own
-    check = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    missing = "" if shutil.which(check[0]) else "no compute-sanitizer is on the path (CUDA's toolkit has it)"
-    in_place = [*pytest, "--timeout", "0", kernels[0], "-k", "in_place or inplace"]
+    # Every tensor an allocation of its own, where nothing outside of a row is read. Triton's kernels read the 16 bytes
+    # that hold its end, which are the allocation's where PyTorch keeps memory, and nobody has written.
+    one = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    checks = [("memcheck", "cuda", one), ("memcheck", "triton", {}), ("racecheck", "cuda", {}),
+              ("racecheck", "triton", {}), ("initcheck", "cuda", one)]  # fmt: skip
+    sanitizer = find_tool("compute-sanitizer")
+    missing = "" if sanitizer else "no compute-sanitizer is here (CUDA's toolkit has it)"
+    check = [sanitizer or "", "--error-exitcode", "1", "--tool"]
+    in_place = [*pytest, "--timeout", "0", kernels[0], "-k", "in_place or inplace", "--backend"]
     large = ["--random", "1.7B", "--groups", "autocast", "--repeats", "3"]
     return [
         Part("environment", "torch, this package and its peers", make, 900, required=True),
@@ -129,8 +134,16 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
         Part("c-kernels", "kernels against peers", [python, "-m", "benchmarks.gpu", "--output", str(folder)], 360, 60),
         Part("d-suite", "the suite's tests for a GPU", pytest, 420, 60),
         *(
-            Part(f"e-{tool}", f"{tool} on the in-place backward", [*check, tool, *in_place], 150, 60, one, missing)
-            for tool in ("memcheck", "racecheck")
+            Part(
+                f"e-{tool}-{name}",
+                f"{tool} on the in-place backward of {name}",
+                [*check, tool, *in_place, name],
+                150,
+                60,
+                environ,
+                missing,
+            )
+            for tool, name, environ in checks
         ),
         Part("f-step", "the step at 135M", [*step, *variants, "--groups", "float32", "autocast"], 300, 60),
         Part("f-large", "the step at 1.7B, random weights", [*step, *variants, *large], 300, 90),
@@ -168,7 +181,7 @@ def last_words(log: Path) -> str:
 
 def page(device: Device, parts: list[Part], folder: Path) -> str:
     """The report: what became of each part, what went wrong, and the rows so far."""
-    lines = [f"# {device.name} ({device.kind})", "", f"nvcc: {find_nvcc() or 'none'}", ""]
+    lines = [f"# {device.name} ({device.kind})", "", f"nvcc: {find_tool('nvcc') or 'none'}", ""]
     lines += ["| part | what | outcome | seconds | last line |", "|---|---|---|---|---|"]
     for p in parts:
         words = (p.reason or last_words(p.log(folder))).replace("|", "\\|")[:120]
@@ -195,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with this Python, in tiny sizes")
     parser.add_argument("--only", nargs="+", metavar="PART", help="only these, by the first letters of their names")
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/gpu/NAME)")
-    parser.add_argument("--torch", default="torch==2.13.0", help="requirement")
+    parser.add_argument("--torch", default="torch==2.13.0", help='requirement, or "here"')
     options = parser.parse_args(arguments)
     device = Device("CPU", "rehearsal") if options.rehearse else find_device()
     if device is None:

@@ -3,8 +3,10 @@
 Imports nothing but the standard library, since nothing else is there yet.
 """
 
+import importlib.util
 import os
 import shutil
+import site
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,23 +14,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
-ROCM_WHEELS = "https://download.pytorch.org/whl/rocm"  # and the version of ROCm
+# of the extra "test" what the parts need: the rest takes minutes, and deepspeed is compiled
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
+WHEELS = "https://download.pytorch.org/whl/"  # and "cu126", or "rocm" and the version of ROCm
+CUDA_13_DRIVER = 580  # the first that runs PyPI's torch, which is built for CUDA 13
 
 
 @dataclass(frozen=True)
 class Device:
-    """`kind` is "CUDA", "ROCm" or "CPU"; `architecture` is what TORCH_CUDA_ARCH_LIST takes, "" where unknown."""
+    """`kind` is "CUDA", "ROCm" or "CPU"; `architecture` is what TORCH_CUDA_ARCH_LIST takes, "" where unknown.
+
+    `driver` is the first number of NVIDIA's driver, 0 where unknown.
+    """
 
     kind: str
     name: str
     architecture: str = ""
+    driver: int = 0
 
 
 def find_device() -> Device | None:
     """The first GPU that the driver's own tool names; None if there is none."""
-    if found := _first_line("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"):
-        name, _, capability = found.rpartition(",")
-        return Device("CUDA", name.strip(), capability.strip())
+    if found := _first_line("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"):
+        name, capability, driver = (field.strip() for field in found.rsplit(",", 2))
+        major = driver.partition(".")[0]
+        return Device("CUDA", name, capability, int(major) if major.isdigit() else 0)
     agents = _output("rocminfo").split("Agent ")
     for agent in agents:
         fields = dict(line.strip().split(":", 1) for line in agent.splitlines() if ":" in line)
@@ -48,16 +58,18 @@ def _first_line(*command: str) -> str:
     return next(iter(_output(*command).strip().splitlines()), "")
 
 
-def find_nvcc() -> str | None:
-    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((f"{p}/bin/nvcc" for p in places if p and Path(p, "bin/nvcc").exists()), None)
+def find_tool(name: str) -> str | None:
+    """A program of CUDA's toolkit, which is often not on the path."""
+    places = [f"{home}/bin/{name}" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return shutil.which(name) or next((place for place in places if Path(place).exists()), None)
 
 
 def commands(device: Device, folder: Path, torch: str, offline: Path | None = None) -> list[tuple[list[str], bool]]:
     """The commands that make the environment in `folder`, and whether one may fail.
 
     Args:
-        torch: requirement, ``torch==VERSION``; no later command may change it.
+        torch: requirement, ``torch==VERSION``, or "here" for the torch and all other packages of the Python that runs
+            this; no later command may change it.
         offline: a folder of wheels, from which alone everything then comes.
     """
     python = str(folder / "bin/python")
@@ -67,15 +79,28 @@ def commands(device: Device, folder: Path, torch: str, offline: Path | None = No
     if device.kind == "ROCm" and not offline:
         version = Path("/opt/rocm/.info/version")
         version = ".".join(version.read_text().split(".")[:2]) if version.exists() else ""
-        wheels += ["--index-url", f"{ROCM_WHEELS}{version}"]
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        wheels += ["--index-url", f"{WHEELS}rocm{version}"]
+    elif 0 < device.driver < CUDA_13_DRIVER and not offline:
+        wheels += ["--index-url", f"{WHEELS}cu126"]
+    has_pip = importlib.util.find_spec("ensurepip") is not None  # Debian's Python has it in a package of its own
+    pip = [python, "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "--quiet", "--disable-pip-version-check"]
     pinned = [*install, *source, "--constraint", str(pins)]
+    others = "\\n".join(site.getsitepackages())
+    torch_comes = [*install, *wheels, torch]
+    if torch == "here":  # not --system-site-packages, which would be those below a virtual environment
+        torch_comes = [
+            python,
+            "-c",
+            f"import site; open(site.getsitepackages()[0] + '/here.pth', 'w').write('{others}')",
+        ]
+    works = f"import torch; torch.zeros(1, device='cuda'); v = torch.__version__; open({str(pins)!r}, 'w')"
     return [
-        ([sys.executable, "-m", "venv", str(folder)], False),
-        ([*install, *wheels, torch], False),
-        ([python, "-c", f"open({str(pins)!r}, 'w').write({torch!r})"], False),
-        ([*pinned, "setuptools>=77", "wheel", "ninja"], False),
-        ([*pinned, "--no-build-isolation", "--editable", ".[lora,demo,report,test]"], False),
+        ([sys.executable, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(folder)], False),
+        (torch_comes, False),
+        ([python, "-c", f"{works}.write('torch==' + v.partition('+')[0])"], False),
+        ([*pinned, "setuptools>=77", "wheel", "ninja", *TESTS], False),
+        ([*pinned, "--no-build-isolation", "--editable", ".[lora,demo]"], False),
         *(([*pinned, "--upgrade", peer], True) for peer in PEERS),
         ([str(folder / "bin/qtuning"), "fetch"], True),  # the embedded model
     ]
@@ -90,7 +115,7 @@ def make(device: Device, folder: Path, torch: str, offline: Path | None = None) 
     environ = os.environ | ({"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(offline)} if offline else {})
     if device.kind == "CUDA":
         environ.setdefault("TORCH_CUDA_ARCH_LIST", device.architecture)
-        if nvcc := find_nvcc():
+        if nvcc := find_tool("nvcc"):
             environ.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parents[1]))
     for command, may_fail in commands(device, folder, torch, offline):
         print("$", " ".join(command), flush=True)

@@ -1,4 +1,4 @@
-"""What the CPU kernels are compared with: the same results, as PyTorch and other packages give them."""
+"""What the kernels are compared with: the same results, as PyTorch and other packages give them."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def cross_entropy_stats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 
 def trl_stats() -> Stats:
-    """TRL's two functions; on a CPU both are plain PyTorch in a loop over rows."""
+    """TRL's two functions; on a CPU both are plain PyTorch in a loop over rows (on a GPU: gpu.py's `trl`)."""
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     return lambda logits, labels: (-selective_log_softmax(logits, labels), entropy_from_logits(logits))
@@ -49,12 +49,13 @@ def torch_linear_loss() -> Loss:
 
 def trl_linear_loss() -> Loss:
     """What `loss_type="nll"` of TRL's SFTTrainer computes in, log-probability and entropy in chunks of tokens."""
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         outputs = ("log_probs", "entropy")
         settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
-        return -_ChunkedLogProbFunction.apply(hidden, weight, None, labels, *settings)[0].sum()
+        return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, *settings)[0].sum()
 
     return loss
 

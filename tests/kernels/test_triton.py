@@ -1,12 +1,10 @@
 """The Triton backend as a whole: a training run, very large vocabularies, rows without a finite maximum."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import qtuning_kernels as qk
+from benchmarks import gpu
 from qtuning_kernels.kernels.contract import RowStats, Scaling
 from qtuning_kernels.kernels.dispatch import unavailable_reason
 from tests.interpreter import speed_up_interpreter
@@ -80,8 +78,9 @@ def test_token_stats_return_the_contract_tuples(served_by):
     assert isinstance(stats, RowStats)
 
 
-def test_gpu_benchmark_prints_its_plan():
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--rows", "8", "--vocabulary", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "to be timed: copy" in done.stdout
-    assert "token_stats" in done.stdout
+def test_gpu_benchmark_prints_its_plan(capsys):
+    gpu.main(["--dry-run", "--rows", "8", "--vocabulary", "64", "--hidden", "16"])
+    plan = capsys.readouterr().out
+    assert "to be timed: copy, at least 0.00 GB" in plan
+    for name in ("token_stats", "trl, gradient", "quack-kernels", "linear_cross_entropy, 25%", "head product alone"):
+        assert f"to be timed: {name}, at least" in plan
