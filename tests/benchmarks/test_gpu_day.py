@@ -1,14 +1,17 @@
 """`make gpu` without a GPU: how it finds one, what it runs in which order, and that a report always comes out."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_day, gpu_environment
+from benchmarks import gpu, gpu_day, gpu_environment
 from benchmarks.common import ROOT, write_rows
 from benchmarks.gpu_day import Part, run_parts
 from benchmarks.gpu_environment import Device
@@ -56,7 +59,8 @@ Agent 2
 @pytest.mark.parametrize(
     ("name", "output", "expected"),
     [
-        ("nvidia-smi", "NVIDIA H100 80GB HBM3, 9.0", Device("CUDA", "NVIDIA H100 80GB HBM3", "9.0")),
+        ("nvidia-smi", "NVIDIA H100 80GB HBM3, 9.0, 580.159.04", Device("CUDA", "NVIDIA H100 80GB HBM3", "9.0", 580)),
+        ("nvidia-smi", "A, B, 8.0, [N/A]", Device("CUDA", "A, B", "8.0")),
         ("rocminfo", ROCM, Device("ROCm", "AMD Instinct MI300X")),
         ("rocminfo", ROCM.partition("Agent 2")[0], None),
         ("neither", "", None),
@@ -77,6 +81,15 @@ def test_says_in_one_line_that_there_is_no_gpu(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_finds_tools_off_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    tool(tmp_path / "cuda/bin", "compute-sanitizer", "")
+    assert gpu_environment.find_tool("compute-sanitizer") == str(tmp_path / "cuda/bin/compute-sanitizer")
+    assert gpu_environment.find_tool("no such tool") is None
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_the_environment(tmp_path, monkeypatch, offline):
     """A peer that cannot be had is left out, and no command may bring another torch than the pinned one."""
@@ -94,13 +107,40 @@ def test_the_environment(tmp_path, monkeypatch, offline):
     wheels = [tmp_path / "wheels"] if offline else []
     gpu_environment.make(Device("CUDA", "H100", "9.0"), tmp_path / "env", "torch==2.13.0", *wheels)
     pip = [command for command, _ in ran if "pip" in command]
-    assert [command[-1] for command in pip] == ["torch==2.13.0", "ninja", ".[lora,demo,report,test]",
+    assert [command[-1] for command in pip] == ["torch==2.13.0", "hypothesis>=6.100", ".[lora,demo]",
                                                 *gpu_environment.PEERS]  # fmt: skip
     assert all("--constraint" in command for command in pip[1:])
     assert all(("--no-index" in command) == offline for command in pip)
     assert ran[-1][0][-1] == "fetch"
     assert ran[-1][1].get("PIP_FIND_LINKS") == (str(tmp_path / "wheels") if offline else None)
     assert ran[-1][1]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+@pytest.mark.parametrize(("driver", "index"), [(550, "/cu126"), (580, None), (0, None)])
+def test_a_driver_before_cuda_13_gets_wheels_for_cuda_12(driver, index):
+    """PyPI's torch is built for CUDA 13, and would say that the driver is too old."""
+    made = gpu_environment.commands(Device("CUDA", "H100", "9.0", driver), Path("env"), "torch==2.13.0")
+    (command,) = [command for command, _ in made if command[-1] == "torch==2.13.0"]
+    given = command[command.index("--index-url") + 1] if "--index-url" in command else None
+    assert given is None if index is None else given.endswith(index)
+
+
+def test_the_environment_of_this_python(tmp_path, monkeypatch):
+    """Its packages are seen from the new environment and by pip there, which installs none of them again; and a Python
+    without ensurepip lends its own pip."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    made = gpu_environment.commands(Device("CUDA", "H100"), tmp_path / "env", "here", tmp_path)
+    venv, here, _, tests, *_ = [command for command, _ in made]
+    for command in (venv, here):
+        subprocess.run(command, check=True)
+    version = metadata.version("torch")
+    (tmp_path / "env/pins.txt").write_text("torch==" + version.partition("+")[0])
+    subprocess.run(tests, check=True)  # --no-index, of an empty folder
+    code = "import site; from importlib import metadata; print(metadata.version('torch'), site.getsitepackages()[0])"
+    said = subprocess.run([tmp_path / "env/bin/python", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split()[0] == version
+    assert [path.name for path in Path(said.split()[1]).iterdir()] == ["here.pth"]
 
 
 def test_order_limits_and_report(tmp_path):
@@ -182,6 +222,26 @@ def test_pages_say_so_until_there_are_rows(tmp_path):
     assert "9.9" not in made["gpu kernels"]
     assert "TypeError: no" in made["gpu kernels"]
     assert "TypeError" not in made["gpu timed"]
+
+
+def test_a_kernel_that_does_not_end_is_named(monkeypatch):
+    """And so is one that was not measured when the group was ended; what was measured stands."""
+    before, calls = signal.getsignal(signal.SIGALRM), []
+
+    def third():
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "MOST_SECONDS", 1)
+    cases = {"first": lambda: None, "hangs": lambda: time.sleep(60), "fails": lambda: 1 / 0, "third": third}
+    made = {name: gpu.Case(call, 1.0) for name, call in cases.items()}
+    times, _, failed = gpu.measure(made, 5, "cpu")
+    assert [len(times[name]) for name in ("first", "third")] == [4, 3]
+    assert failed == {"hangs": "TimeoutError: not done after 1 s", "fails": "ZeroDivisionError: division by zero"}
+    calls[:] = [1] * 2
+    assert gpu.measure({"third": made["third"]}, 5, "cpu")[2] == {"third": "ended early"}
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 @pytest.mark.slow
