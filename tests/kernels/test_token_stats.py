@@ -370,6 +370,18 @@ def test_layouts(backend, dtype, layout, inplace):
     assert_grad(backend, holder.grad, expected_input, labels, upstream)
 
 
+def test_more_rows_than_a_grid_s_other_axes_hold(backend):
+    """Rows on any axis but the first end at 65,535 blocks."""
+    if backend in ("triton", "cuda") and not torch.empty(0).is_cuda:
+        pytest.skip("interpreted or emulated it takes minutes; test_rows_are_on_the_first_axis_of_the_grid")
+    logits, labels = torch.randn(65_537, 3, dtype=torch.float64).requires_grad_(), torch.arange(65_537) % 3
+    stats = qk.token_stats(logits, labels)
+    stats.nll.sum().backward()
+    expected = torch.log_softmax(logits.detach(), -1)
+    torch.testing.assert_close(stats.nll.detach(), -expected.gather(-1, labels[:, None])[:, 0])
+    torch.testing.assert_close(logits.grad, expected.exp() - torch.nn.functional.one_hot(labels, 3))
+
+
 def test_inplace_backward_leaves_the_neighbourhood_alone(backend):
     """Vector stores at an odd row start must not touch what lies between the rows."""
     for dtype in (torch.float32, torch.bfloat16):

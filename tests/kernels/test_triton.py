@@ -1,11 +1,13 @@
 """The Triton backend as a whole: a training run, very large vocabularies, rows without a finite maximum."""
 
+import importlib
+
 import pytest
 import torch
 
 import qtuning_kernels as qk
 from benchmarks import gpu
-from qtuning_kernels.kernels.contract import RowStats, Scaling
+from qtuning_kernels.kernels.contract import RowStats, Scaling, Upstream
 from qtuning_kernels.kernels.dispatch import unavailable_reason
 from tests.interpreter import speed_up_interpreter
 from tests.training.test_trainer import losses, trainer
@@ -76,6 +78,27 @@ def test_token_stats_return_the_contract_tuples(served_by):
     nll, stats = triton_kernels.token_stats(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), -100, Scaling())
     assert isinstance(nll, torch.Tensor)
     assert isinstance(stats, RowStats)
+
+
+@pytest.mark.parametrize("operator", ["token_stats", "token_stats_backward"])
+def test_rows_are_on_the_first_axis_of_the_grid(monkeypatch, operator):
+    """The others end at 65,535 blocks, which neither the interpreter nor a smaller test would tell."""
+    if reason := unavailable_reason("triton"):
+        pytest.skip(f"backend triton: {reason}")
+    module = importlib.import_module(f"qtuning_kernels.triton_kernels.{operator}")
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(module, f"{operator}_kernel", Recorder())
+    logits, labels = torch.zeros(2, 65_536, 1), torch.zeros(2, 65_536, dtype=torch.long)
+    tokens = torch.zeros(2, 65_536)
+    given = (RowStats(*[tokens] * 3), Upstream(tokens)) if operator == "token_stats_backward" else ()
+    getattr(module, operator)(logits, labels, *given, -100, Scaling())
+    assert grids == [(131_072,)]
 
 
 def test_gpu_benchmark_prints_its_plan(capsys):
