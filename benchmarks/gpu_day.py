@@ -26,6 +26,8 @@ from benchmarks.gpu_pages import tables
 
 TAIL = 25  # lines of a part's output that the report shows where it went wrong
 GRACE = 5  # seconds from asking a process to end to ending it
+ROWS, LINEAR = "tests/kernels/test_token_stats.py", "tests/kernels/test_linear.py"
+IN_PLACE = "((test_backward or layouts) and True or inplace)"  # of the tests in ROWS
 
 
 @dataclass
@@ -113,7 +115,6 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
     python = str(environment / "bin/python")
     make = [sys.executable, "-m", "benchmarks.gpu_environment", str(environment), *settings]
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120"]
-    kernels = ["tests/kernels/test_token_stats.py", "tests/kernels/test_linear.py"]
     step = [python, "-m", "benchmarks.step", "--device", "cuda", "--allocators", "default"]
     step += ["--output", str(folder / "step.csv")]
     variants = ["--variants", "full data", "full data, TRL", "eager Q-Tuning", "ours"]
@@ -125,11 +126,11 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
     sanitizer = find_tool("compute-sanitizer")
     missing = "" if sanitizer else "no compute-sanitizer is here (CUDA's toolkit has it)"
     check = [sanitizer or "", "--error-exitcode", "1", "--tool"]
-    in_place = [*pytest, "--timeout", "0", kernels[0], "-k", "in_place or inplace", "--backend"]
+    in_place = [*pytest, "--timeout", "0", ROWS, "-k", IN_PLACE, "--backend"]
     large = ["--random", "1.7B", "--groups", "autocast", "--repeats", "3"]
     return [
         Part("environment", "torch, this package and its peers", make, 900, required=True),
-        Part("a-rows", "row operators against float64", [*pytest, *kernels], 300, 60),
+        Part("a-rows", "row operators against float64", [*pytest, ROWS, LINEAR], 300, 60),
         Part("b-step", "three steps against the reference backend", [*pytest, "tests/training/test_backends.py"], 120),
         Part("c-kernels", "kernels against peers", [python, "-m", "benchmarks.gpu", "--output", str(folder)], 360, 60),
         Part("d-suite", "the suite's tests for a GPU", pytest, 420, 60),
@@ -154,7 +155,7 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
 def rehearsal_parts(python: str, folder: Path) -> list[Part]:
     """The same parts on the CPU, interpreted or emulated, in tiny sizes; and two that go wrong on purpose."""
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    rows = [*pytest, "--backend", "triton", "--backend", "cuda", "tests/kernels/test_functional.py"]
+    rows = [*pytest, "--backend", "triton", "--backend", "cuda", ROWS, "-k"]
     step = [python, "-m", "benchmarks.step", "--device", "cpu", "--allocators", "default", "--random", "tiny"]
     step += ["--output", str(folder / "step.csv"), "--groups", "float32", "--pool", "4", "--repeats", "1"]
     tiny = ["--device", "cpu", "--rows", "8", "--vocabulary", "64", "--hidden", "16", "--repeats", "2"]
@@ -163,12 +164,13 @@ def rehearsal_parts(python: str, folder: Path) -> list[Part]:
         Part("fails", "fails on purpose", [python, "-c", "raise SystemExit('on purpose')"], 60, 0, ends="failed"),
         Part("hangs", "hangs on purpose", [python, "-c", "import time; time.sleep(600)"], 2, 0,
              ends="out of time after 2 s"),
-        Part("a-rows", "row operators, interpreted and emulated", rows, 300),
+        Part("a-rows", "row operators, interpreted and emulated", [*rows, "each_upstream or all_rows"], 300),
         Part("b-step", "three steps against the reference backend", [*pytest, *backends], 300),
         Part("c-kernels", "kernels against peers", [python, "-m", "benchmarks.gpu", *tiny, "--output", str(folder)],
              120),
-        Part("d-suite", "the suite's tests for a GPU", [*pytest, "-m", "gpu", "tests/kernels/test_linear.py"], 120),
-        Part("e-memcheck", "the in-place backward, without compute-sanitizer", [*rows, "-k", "inplace"], 120),
+        Part("d-suite", "the suite's tests for a GPU", [*pytest, "-m", "gpu", LINEAR], 120),
+        Part("e-memcheck", "the in-place backward, without compute-sanitizer",
+             [*rows, f"{IN_PLACE} and not 4097 and not 50257"], 300),
         Part("f-step", "the step", [*step, "--variants", "full data", "ours"], 120),
         Part("g-profile", "a profile of one step", [*step, "--profile", str(folder / "trace.json.gz")], 120),
     ]  # fmt: skip
