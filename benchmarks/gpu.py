@@ -5,8 +5,8 @@
 CUDA events around each call, the L2 cache flushed before it, the cases of a group interleaved, median of many. Row
 operators: GB/s of the bytes that they must move, and their share of the bandwidth of a copy measured in the same run.
 From hidden states: TFLOP/s of the products that they must make, and their share of the head's product alone. What a
-peer cannot do here stands in its row. Rows are added to gpu.csv in --output as each group ends; a group that is ended
-(SIGTERM) is written as far as it came.
+peer cannot do here stands in its row. Rows are added to gpu.csv in --output as each group ends; a group that is
+interrupted is written as far as it came.
 """
 
 import argparse
@@ -288,5 +288,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

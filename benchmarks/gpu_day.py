@@ -76,7 +76,7 @@ def run_part(part: Part, folder: Path, limit: float) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):  # asked first: a profile or a row may be half written
+    for number in (signal.SIGINT, signal.SIGKILL):  # first as by a person: pytest then tells what failed so far
         try:
             os.killpg(process.pid, number)
             process.wait(GRACE)
@@ -115,6 +115,7 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
     python = str(environment / "bin/python")
     make = [sys.executable, "-m", "benchmarks.gpu_environment", str(environment), *settings]
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "120"]
+    spread = [*pytest, "-n", "4", "--dist", "worksteal"]  # compiling takes longer than the tests
     step = [python, "-m", "benchmarks.step", "--device", "cuda", "--allocators", "default"]
     step += ["--output", str(folder / "step.csv")]
     variants = ["--variants", "full data", "full data, TRL", "eager Q-Tuning", "ours"]
@@ -130,10 +131,10 @@ def gpu_parts(environment: Path, folder: Path, settings: list[str]) -> list[Part
     large = ["--random", "1.7B", "--groups", "autocast", "--repeats", "3"]
     return [
         Part("environment", "torch, this package and its peers", make, 900, required=True),
-        Part("a-rows", "row operators against float64", [*pytest, ROWS, LINEAR], 300, 60),
+        Part("a-rows", "row operators against float64", [*spread, ROWS, LINEAR], 300, 60),
         Part("b-step", "three steps against the reference backend", [*pytest, "tests/training/test_backends.py"], 120),
         Part("c-kernels", "kernels against peers", [python, "-m", "benchmarks.gpu", "--output", str(folder)], 360, 60),
-        Part("d-suite", "the suite's tests for a GPU", pytest, 420, 60),
+        Part("d-suite", "the suite's tests for a GPU", spread, 420, 60),
         *(
             Part(
                 f"e-{tool}-{name}",

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # of the extra "test" what the parts need: the rest takes minutes, and deepspeed is compiled
-TESTS = ("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 WHEELS = "https://download.pytorch.org/whl/"  # and "cu126", or "rocm" and the version of ROCm
 CUDA_13_DRIVER = 580  # the first that runs PyPI's torch, which is built for CUDA 13
 

@@ -147,7 +147,8 @@ def test_order_limits_and_report(tmp_path):
     """In order of worth; what fails, hangs, cannot be begun or has no time left is named, and the rest runs."""
     alive = tmp_path / "alive"
     grandchild = f"import time\nwhile True: open({str(alive)!r}, 'w').write(str(time.time())); time.sleep(0.05)"
-    hangs = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(60)"
+    hangs = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}])\n"
+    hangs += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed so far')"
     parts = [
         Part("first", "passes", python("print('5 passed')"), 20),
         Part("second", "fails", python("print('trace', flush=True); raise SystemExit('wrong | number')"), 20),
@@ -166,6 +167,8 @@ def test_order_limits_and_report(tmp_path):
     assert alive.read_text() == last  # nothing that a part started outlives it
     assert "| first | passes | passed |" in text
     assert "5 passed" in text
+    assert "## third: out of time after 3 s\n```\n" in text
+    assert "\n1 failed so far\n" in text  # pytest, interrupted, tells its failures
     assert "## second: failed\n```\ntrace\nwrong | number\n```" in text
     assert "wrong \\| number" in text
     assert "no such tool" in text
