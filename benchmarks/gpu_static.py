@@ -5,7 +5,7 @@
 compiles every kernel for each architecture, for a vocabulary that 16 divides and for an odd one, and writes
 results/gpu_static.csv, results/gpu_static.png and results/gpu_traffic.csv. Nothing here is a timing. Rows of a library
 and an architecture that are not compiled now stay as they are. Peers are compiled where they are installed:
-``pip install --no-deps liger-kernel flash-linear-attention fla-core einops trl; pip install quack-kernels``.
+the extra "bench" has them.
 """
 
 import argparse

@@ -90,7 +90,12 @@ def child(options: argparse.Namespace) -> None:
         steps = {name: bench.variant(name) for name in options.variants if name == "full data"}  # much memory
         steps |= {f"ours {r:.1%} × {t:.0%}": bench.ours(r, t, "bfloat16") for r, t in budgets}
     else:
-        steps = {name: bench.variant(name) for name in options.variants}
+        steps = {}
+        for name in options.variants:
+            try:
+                steps[name] = bench.variant(name)
+            except ImportError as error:  # a peer that could not be installed
+                print(f"{name}: left out ({error})", file=sys.stderr)
     for index in range(-1, options.repeats):  # the first round warms up
         for name, step in steps.items():
             seconds = step(index % (options.repeats + 1))
