@@ -6,7 +6,6 @@ Imports nothing but the standard library, since nothing else is there yet.
 import importlib.util
 import os
 import shutil
-import site
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -86,14 +85,11 @@ def commands(device: Device, folder: Path, torch: str, offline: Path | None = No
     pip = [python, "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", python]
     install = [*pip, "install", "--quiet", "--disable-pip-version-check"]
     pinned = [*install, *source, "--constraint", str(pins)]
-    others = "\\n".join(site.getsitepackages())
     torch_comes = [*install, *wheels, torch]
     if torch == "here":  # not --system-site-packages, which would be those below a virtual environment
-        torch_comes = [
-            python,
-            "-c",
-            f"import site; open(site.getsitepackages()[0] + '/here.pth', 'w').write('{others}')",
-        ]
+        seen = "\n".join(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
+        code = f"import site; open(site.getsitepackages()[0] + '/here.pth', 'w').write({seen!r})"
+        torch_comes = [python, "-c", code]
     works = f"import torch; torch.zeros(1, device='cuda'); v = torch.__version__; open({str(pins)!r}, 'w')"
     return [
         ([sys.executable, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(folder)], False),
