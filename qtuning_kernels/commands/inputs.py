@@ -34,10 +34,11 @@ class Inputs:
     tags: list[str] | None
 
     def texts(self) -> Iterator[dict[str, Any]]:
-        """``id``, ``prompt`` and ``answer`` of each sample, for people to read."""
+        """``id``, ``prompt``, ``answer`` and ``tag`` of each sample, for people to read."""
         for sample_id in self.samples["sample_id"][:]:
             contents = [m.get("content") or "" for m in self.shape.to_messages(self.records.rows[sample_id])]
-            yield {"id": sample_id, "prompt": "\n".join(contents[:-1]), "answer": contents[-1]}
+            tag = self.tags[sample_id] if self.tags else None
+            yield {"id": sample_id, "prompt": "\n".join(contents[:-1]), "answer": contents[-1], "tag": tag}
 
     def text_limit(self) -> int:
         """Characters of each text to keep, so that those of all samples stay within 200 MB."""

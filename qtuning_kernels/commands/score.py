@@ -1,6 +1,7 @@
 """`qtuning score`: where every sample of a data set stands on the Error–Uncertainty plane of a model."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         columns[inputs.tag_field] = tags
     columns |= {name: [text[name][:limit] for text in texts] for name in ("prompt", "answer")}
     with write_atomic(arguments.output) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        made = {"alpha": float(triage.alpha), "tag_field": inputs.tag_field}  # what qtuning report draws besides
+        pq.write_table(pa.table(columns).replace_schema_metadata({"qtuning": json.dumps(made)}), temporary)
     console.print(quadrant_table(triage.quadrant.tolist(), triage.keep.tolist(), tags))
     log(console, f"{len(ids)} samples in {arguments.output}")

@@ -14,10 +14,9 @@ from qtuning_kernels.commands.inputs import held_out, load_inputs, load_referenc
 from qtuning_kernels.commands.terminal import log, quadrant_table
 from qtuning_kernels.files import require, write_atomic
 from qtuning_kernels.models.collectives import agreed, gather
-from qtuning_kernels.run_record.schema import QUADRANT_LABELS
+from qtuning_kernels.run_record.schema import LOSS_STEPS, QUADRANT_LABELS
 
 _FULL_RATE, _LORA_RATE = 2e-5, 1e-4
-_LOSS_STEPS = 5  # single steps train on so few samples that their losses are noise
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -241,8 +240,8 @@ def _trainer(training: Any, inputs: Any, evaluated: Any, qtuning: Any, reference
 def _summary(trainer: Any, final: Path, seconds: float) -> dict[str, Any]:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return trainer.qtuning_summary() | {
-        "loss_first_steps": fmean(losses[:_LOSS_STEPS]) if losses else None,
-        "loss_last_steps": fmean(losses[-_LOSS_STEPS:]) if losses else None,
+        "loss_first_steps": fmean(losses[:LOSS_STEPS]) if losses else None,
+        "loss_last_steps": fmean(losses[-LOSS_STEPS:]) if losses else None,
         "eval_loss": _evaluations(trainer),
         "wall_seconds": seconds,
         "checkpoint": str(final),
@@ -267,7 +266,7 @@ def _print_summary(console: Any, summary: dict[str, Any], output: Path, tags: li
         **({"kept by quadrant": f"{by_quadrant}; {summary['supplemented']} of them supplemented"} if kept else {}),
         "ineligible": str(summary["ineligible"]),
         "loss first, last": f"{number(summary['loss_first'])}, {number(summary['loss_last'])}; mean of the "
-        f"first and last {_LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "
+        f"first and last {LOSS_STEPS} steps {number(summary['loss_first_steps'])}, "
         f"{number(summary['loss_last_steps'])}",
         "evaluation loss": ", ".join(f"{loss:.4f} at step {step}" for step, loss in summary["eval_loss"].items()),
         "precision": summary["precision"] or "",

@@ -1,8 +1,8 @@
 """The report's charts as Plotly figures, which carry their data into the page."""
 
+import base64
 import html
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,13 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from qtuning_kernels.report.plane import DENSE, Frame
-from qtuning_kernels.report.summary import Number, truth
+from qtuning_kernels.report.summary import Number
 from qtuning_kernels.run_record.schema import PHASES, QUADRANT_LABELS, QUADRANTS
 
-# Okabe and Ito's palette, which stays apart under every common colour blindness
+# Okabe and Ito's palette, which stays apart under every common colour blindness; 3 : 1 on both themes' surfaces
 COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73", 0: "#7F7F7F"}
-PHASE_COLOURS = dict(zip(PHASES, ("#7F7F7F", "#E69F00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
-_LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#E69F00"
+PHASE_COLOURS = dict(zip(PHASES, ("#7F7F7F", "#B07A00", "#D55E00", "#CC79A7", "#0072B2", "#009E73"), strict=True))
+_LOSS_COLOUR, _MEDIAN_COLOUR = "#0072B2", "#D55E00"
 
 
 def _theme(ink: str, quiet: str, grid: str, surface: str) -> dict:
@@ -44,95 +43,48 @@ THEMES = {
 }
 
 
-def plane_figures(frames: list[Frame], sample_number: dict, second_axis: str) -> list[go.Figure]:
-    """One figure per frame, all with the same traces and axes, so that one replaces the other.
-
-    Each point carries its number in the page's list of samples, its step, its kept and all tokens, its role
-    and whether it was supplemented.
-    """
-    drawn = {group[:2] for frame in frames for group in frame.groups() if len(group[3])}
-    dense = any(len(frame.points) > DENSE for frame in frames)
-    layout = _plane_layout(frames, second_axis)
-    figures = []
-    for frame in frames:
-        traces = [_plane_trace(*group, sample_number, dense) for group in frame.groups() if group[:2] in drawn]
-        figures.append(go.Figure(traces, layout | {"shapes": list(_threshold_lines(frame.thresholds))}))
-    return figures
+def packed(values: pd.Series, dtype: str) -> dict:
+    """A column as Plotly packs an array, and the page's script unpacks it."""
+    array = values.to_numpy(f"<{dtype}", na_value=np.nan if dtype[0] == "f" else -1)
+    return {"dtype": dtype, "bdata": base64.b64encode(array.tobytes()).decode()}
 
 
-def _plane_trace(
-    quadrant: int, keep: bool, name: str, points: pd.DataFrame, sample_number: dict, dense: bool
-) -> go.Scattergl:
-    numbers = points.id.map(sample_number).to_numpy(np.int32)
-    counts = points[["step", "kept_tokens", "num_tokens", "role"]].fillna(-1).to_numpy(np.int32)
-    supplemented = truth(points.supplemented).to_numpy(np.int32)
-    return go.Scattergl(
-        name=name,
-        x=points.ppl.to_numpy(np.float32),
-        y=points.entropy.to_numpy(np.float32),
-        customdata=np.column_stack([numbers, counts, supplemented]),
-        mode="markers",
-        marker={
-            "color": COLOURS[quadrant],
-            "symbol": "circle" if keep else "x-thin-open",
-            "size": (7 if keep else 6) - 2 * dense,
-            "opacity": (0.9 if keep else 0.7) - 0.2 * dense,
-            "line": {"width": 1, "color": COLOURS[quadrant]},
-        },
-        hovertemplate="%{fullData.name}<br>perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra></extra>",
-    )
-
-
-def _plane_layout(frames: list[Frame], second_axis: str) -> dict:
-    ppl = np.concatenate([frame.points.ppl.to_numpy(float) for frame in frames] or [[]])
-    entropy = np.concatenate([frame.points.entropy.to_numpy(float) for frame in frames] or [[]])
-    x_range, y_range = None, None
-    if len(ppl):
-        low, high = np.log10(np.maximum(ppl.min(), 1e-3)), np.log10(np.maximum(ppl.max(), 1e-3))
-        pad = 0.05 * (high - low) or 0.1
-        x_range = [float(low - pad), float(high + pad)]
-        pad = 0.06 * (entropy.max() - entropy.min()) or 0.1
-        y_range = [float(entropy.min() - pad), float(entropy.max() + pad)]
+def plane_layout(rows: pd.DataFrame, second_axis: str, quadrants: bool) -> go.Figure:
+    """The plane without its points, which the page's script takes from the rows."""
+    ppl, entropy = np.maximum(rows.ppl.to_numpy(float), 1e-3), rows.entropy.to_numpy(float)
+    ranges = [_padded(np.log10(ppl)), _padded(entropy)] if len(rows) else [None, None]
     corners = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1)}
-    return {
-        "xaxis": {"title": {"text": "perplexity of the sample (log scale)"}, "type": "log", "range": x_range},
-        "yaxis": {"title": {"text": second_axis}, "range": y_range},
-        "annotations": [
-            {
-                "text": QUADRANT_LABELS[quadrant],
-                "xref": "paper",
-                "yref": "paper",
-                "x": x,
-                "y": y,
-                "xanchor": "right" if x else "left",
-                "yanchor": "top" if y else "bottom",
-                "showarrow": False,
-                "font": {"color": COLOURS[quadrant], "size": 18},
-            }
-            for quadrant, (x, y) in corners.items()
-            if frames and frames[0].quadrants
-        ],
+    annotations = [
+        {
+            "text": QUADRANT_LABELS[quadrant],
+            "xref": "paper",
+            "yref": "paper",
+            "x": x,
+            "y": y,
+            "xanchor": "right" if x else "left",
+            "yanchor": "top" if y else "bottom",
+            "showarrow": False,
+            "font": {"size": 18},
+        }
+        for quadrant, (x, y) in corners.items()
+        if quadrants
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "perplexity of the sample (log scale)"}, "type": "log", "range": ranges[0]},
+        "yaxis": {"title": {"text": second_axis}, "range": ranges[1]},
+        "annotations": annotations,
         "hovermode": "closest",
         "hoverdistance": 12,
         "uirevision": "plane",
         "height": 540,
     }
+    return go.Figure(layout=layout)
 
 
-def _threshold_lines(thresholds: dict[str, float]) -> Iterable[dict]:
-    for name, value in thresholds.items():
-        vertical = name.startswith("ppl")
-        across, along = ("x", "y") if vertical else ("y", "x")
-        yield {
-            "type": "line",
-            "name": name,
-            f"{across}0": value,
-            f"{across}1": value,
-            f"{along}0": 0,
-            f"{along}1": 1,
-            f"{along}ref": "paper",
-            "line": {"color": "#7F7F7F", "width": 1.5, "dash": "dash" if name.endswith("high") else "dot"},
-        }
+def _padded(values: np.ndarray) -> list[float]:
+    low, high = float(values.min()), float(values.max())
+    pad = 0.06 * (high - low) or 0.1
+    return [low - pad, high + pad]
 
 
 def kept_figure(curves: pd.DataFrame) -> go.Figure:
@@ -162,16 +114,25 @@ def means_figure(curves: pd.DataFrame, second_axis: str) -> go.Figure:
         for kind, colour, dash in (("mean", _LOSS_COLOUR, "solid"), ("median", _MEDIAN_COLOUR, "dash")):
             place = {"row": row, "col": 1, "legendgroup": kind, "showlegend": row == 1}
             line = {"width": 2, "color": colour, "dash": dash}
-            _add_line(figure, curves, f"{name}_{kind}", kind, f"{kind} %{{y:.4g}}", line=line, **place)
+            _add_raw(figure, curves, f"{name}_{kind}", colour, row=row, col=1)
+            _add_line(figure, curves, f"{name}_{kind}_smooth", kind, f"{kind} %{{y:.4g}}", line=line, **place)
     figure.update_yaxes(title_text="perplexity (log)", type="log", row=1, col=1)
     figure.update_yaxes(title_text=second_axis, row=2, col=1)
     figure.update_xaxes(title_text="optimiser step", row=2, col=1)
     return _over_steps(_without_template(figure), curves, height=480, xaxis_title=None)
 
 
-def loss_figure(curves: pd.DataFrame) -> go.Figure:
+def loss_figure(curves: pd.DataFrame, evaluations: list[dict[str, float]]) -> go.Figure:
+    """The training loss, and what the evaluations found, from step 0 on."""
     figure = go.Figure()
-    _add_line(figure, curves, "loss", "loss", "%{y:.4g} nats", line={"width": 2, "color": _LOSS_COLOUR})
+    _add_raw(figure, curves, "loss", _LOSS_COLOUR)
+    line = {"width": 2, "color": _LOSS_COLOUR}
+    _add_line(figure, curves, "loss_smooth", "training", "%{y:.4g} nats", line=line)
+    for name in dict.fromkeys(key for row in evaluations for key in row if key != "step"):
+        x, y = zip(*((row["step"], row[name]) for row in evaluations if name in row), strict=True)
+        marker = {"size": 10, "symbol": "diamond", "color": _MEDIAN_COLOUR}
+        label = " ".join(["evaluation", name[5:-5]]).strip()
+        figure.add_scatter(x=x, y=y, name=label, mode="lines+markers", marker=marker, hovertemplate="%{y:.4g} nats")
     return _over_steps(figure, curves, height=320, yaxis_title="loss (nats per kept token)")
 
 
@@ -185,6 +146,12 @@ def time_figure(curves: pd.DataFrame) -> go.Figure:
 def _add_line(figure: go.Figure, curves: pd.DataFrame, column: str, name: str, hover: str, **style: Any) -> None:
     x, y = curves.step.to_numpy(), curves[column].to_numpy()
     figure.add_scatter(x=x, y=y, name=name, mode="lines", hovertemplate=hover, **style)
+
+
+def _add_raw(figure: go.Figure, curves: pd.DataFrame, column: str, colour: str, **place: int) -> None:
+    """The values before smoothing, thin."""
+    style = {"line": {"width": 1, "color": colour}, "opacity": 0.35, "hoverinfo": "skip", "showlegend": False}
+    figure.add_scatter(x=curves.step, y=curves[column], name=column, mode="lines", **style, **place)
 
 
 def _add_stack(figure: go.Figure, curves: pd.DataFrame, columns: dict[str, tuple[str, str]], hover: str) -> None:
@@ -222,13 +189,6 @@ def _without_template(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def as_json(figures: dict[str, go.Figure | list[go.Figure]]) -> dict:
+def as_json(figures: dict[str, go.Figure]) -> dict:
     """The figures as plain JSON values, arrays in Plotly's base64 form."""
-
-    def plain(figure: go.Figure) -> dict:
-        return json.loads(pio.to_json(_without_template(figure), validate=False))
-
-    return {
-        name: [plain(each) for each in figure] if isinstance(figure, list) else plain(figure)
-        for name, figure in figures.items()
-    }
+    return {name: json.loads(pio.to_json(_without_template(each), validate=False)) for name, each in figures.items()}

@@ -1,14 +1,16 @@
 """The numbers and tables of a report, computed from a record and nothing else."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qtuning_kernels.run_record.reader import Record
-from qtuning_kernels.run_record.schema import PHASES, QUADRANTS
+from qtuning_kernels.run_record.schema import LOSS_STEPS, PHASES, QUADRANTS
 
 MAX_BINS = 300  # points of a curve over the run
+LEAST_WINDOW = 5  # points of a curve that a rolling mean is of, or a tenth of the run where that is more
 
 
 Values = dict[str, float | int | None]  # None where the record does not hold what it takes
@@ -83,12 +85,15 @@ def on_plane(samples: pd.DataFrame) -> pd.Series:
 
 
 def plane_values(samples: pd.DataFrame) -> Values:
-    """Counts and shares of the quadrants, over all rows of `samples`."""
-    counts = {quadrant: _count(samples.quadrant == quadrant) for quadrant in QUADRANTS}
+    """Counts and shares of the quadrants, and what was kept of each, over all rows of `samples`."""
+    in_quadrant = {quadrant: samples[samples.quadrant == quadrant] for quadrant in QUADRANTS}
+    counts = {quadrant: len(rows) for quadrant, rows in in_quadrant.items()}
     return {
         "not_on_plane": len(samples) - _count(on_plane(samples)),
         **{f"count_q{quadrant}": count for quadrant, count in counts.items()},
         **{f"share_q{quadrant}": _ratio(count, len(samples)) for quadrant, count in counts.items()},
+        **{f"kept_q{quadrant}": _count(rows.keep) for quadrant, rows in in_quadrant.items()},
+        **{f"supplemented_q{quadrant}": _count(rows.supplemented) for quadrant, rows in in_quadrant.items()},
     }
 
 
@@ -116,11 +121,11 @@ def cost_values(steps: pd.DataFrame, tokens_seen: float | None) -> Values:
     total = sum(known) if known else None
     spent, full = _total(steps.flops_spent), _total(steps.flops_full)
     ratio = _ratio(spent, full)
-    loss = steps.loss.dropna().tolist() or [None]
+    loss = steps.loss.dropna()
     return {
         "steps": len(steps),
-        "loss_first": loss[0],
-        "loss_last": loss[-1],
+        "loss_first": loss.head(LOSS_STEPS).mean() if len(loss) else None,
+        "loss_last": loss.tail(LOSS_STEPS).mean() if len(loss) else None,
         "seconds_total": total,
         "seconds_per_step": _ratio(total, len(steps)),
         "tokens_per_second": _ratio(tokens_seen, total),
@@ -134,11 +139,11 @@ def cost_values(steps: pd.DataFrame, tokens_seen: float | None) -> Values:
 
 
 def sample_history(samples: pd.DataFrame) -> pd.DataFrame:
-    """One row per distinct sample: times ``seen`` and ``kept``, last ``ppl``, ``entropy``, ``quadrant``."""
-    keep = truth(samples.keep)
-    groups = samples.assign(keep=keep).groupby("id", sort=False)
+    """One row per sample: times ``seen``, ``kept``, ``supplemented``; last ``ppl``, ``entropy``, ``quadrant``."""
+    flags = {name: truth(samples[name]) for name in ("keep", "supplemented")}
+    groups = samples.assign(**flags).groupby("id", sort=False)
     table = groups[["ppl", "entropy", "quadrant"]].last()
-    table["seen"], table["kept"] = groups.size(), groups.keep.sum()
+    table["seen"], table["kept"], table["supplemented"] = groups.size(), groups.keep.sum(), groups.supplemented.sum()
     return table.reset_index()
 
 
@@ -153,21 +158,31 @@ def run_numbers(record: Record, history: pd.DataFrame) -> dict[str, Number]:
     """Every number that a run's report shows, by key."""
     selection = selection_values(record.samples)
     cost = cost_values(record.steps, selection["tokens_seen"])
-    return _numbers(selection | plane_values(record.samples) | cost | history_values(history))
+    evaluations = [row["eval_loss"] for row in record.run["evaluations"] if "eval_loss" in row] or [None]
+    evaluated = {"loss_eval_first": evaluations[0], "loss_eval_last": evaluations[-1]}
+    return _numbers(selection | plane_values(record.samples) | cost | evaluated | history_values(history))
+
+
+def tag_counts(samples: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
+    """By tag of the data: how many rows of `samples` were in each quadrant, in ``all`` and ``kept``; maybe empty."""
+    tags = samples.id.map(texts.drop_duplicates("id").set_index("id").tag).rename("tag")
+    table = pd.crosstab(tags, samples.quadrant).reindex(columns=list(QUADRANTS), fill_value=0)
+    return table.assign(all=tags.value_counts(), kept=truth(samples.keep).groupby(tags).sum())
 
 
 def plane_file_numbers(samples: pd.DataFrame) -> dict[str, Number]:
     """Every number that the report of a scored data set shows, by key."""
     selection = selection_values(samples)
-    keys = ("samples_seen", "samples_kept", "share_samples_kept", "tokens_seen")
+    keys = ("samples_seen", "samples_kept", "share_samples_kept", "tokens_seen", "samples_supplemented")
     return _numbers({key: selection[key] for key in keys} | plane_values(samples))
 
 
 def over_time(record: Record) -> pd.DataFrame:
     """Curves over the run, at most `MAX_BINS` rows: shares, means, loss, seconds, by ``step``.
 
-    A bin of several steps is named by its last one. Shares are of the bin's samples, ``supplemented`` of its
-    kept samples; means and medians are over the bin's samples with a place on the plane.
+    A bin of several steps is named by its last one. Shares and seconds are over the `window` of bins around each, the
+    ``supplemented`` of the kept samples. Means and medians are over the bin's samples with a place on the plane; they
+    and the loss have a rolling mean beside them, ``…_smooth``.
     """
     steps = np.sort(record.steps.step.unique())
     if not len(steps):
@@ -178,21 +193,31 @@ def over_time(record: Record) -> pd.DataFrame:
 
     samples = record.samples
     sample_bin = samples.step.map(bin_of_step)
-    size = samples.groupby(sample_bin).size()
+    counted = {f"q{quadrant}": samples.quadrant == quadrant for quadrant in QUADRANTS}
+    counted |= {"size": samples.id.notna(), "kept": truth(samples.keep), "supplemented": truth(samples.supplemented)}
+    counted |= {"num_tokens": samples.num_tokens, "kept_tokens": samples.kept_tokens}
+    sums = _rolling(pd.DataFrame(counted).astype(float).groupby(sample_bin).sum().reindex(curves.index)).sum()
     for quadrant in QUADRANTS:
-        curves[f"q{quadrant}"] = (samples.quadrant == quadrant).groupby(sample_bin).sum() / size
-    kept = truth(samples.keep).groupby(sample_bin).sum()
-    curves["samples_kept"] = kept / size
-    curves["tokens_kept"] = samples.kept_tokens.groupby(sample_bin).sum() / samples.num_tokens.groupby(sample_bin).sum()
-    supplemented = truth(samples.supplemented).groupby(sample_bin).sum()
-    curves["supplemented"] = supplemented / kept.where(kept > 0)
+        curves[f"q{quadrant}"] = sums[f"q{quadrant}"] / sums["size"]
+    curves["samples_kept"], curves["tokens_kept"] = sums.kept / sums["size"], sums.kept_tokens / sums.num_tokens
+    curves["supplemented"] = sums.supplemented / sums.kept.where(sums.kept > 0)
 
     placed = samples[on_plane(samples)]
     for name in ("ppl", "entropy"):
         groups = placed[name].groupby(sample_bin[placed.index])
         curves[f"{name}_mean"], curves[f"{name}_median"] = groups.mean(), groups.median()
-
     groups = record.steps.set_index("step").groupby(bin_of_step)
-    for name in ("loss", *(f"seconds_{phase}" for phase in PHASES)):
-        curves[name] = groups[name].mean()
-    return curves
+    curves["loss"] = groups.loss.mean()
+    smoothed = ("loss", "ppl_mean", "ppl_median", "entropy_mean", "entropy_median")
+    curves = curves.assign(**{f"{name}_smooth": _rolling(curves[name]).mean() for name in smoothed})
+    seconds = [f"seconds_{phase}" for phase in PHASES]
+    return curves.join(_rolling(groups[seconds].mean()).mean())
+
+
+def window(bins: int) -> int:
+    """How many points of a curve of `bins` points its rolling means are of; odd, so that the mean is centred."""
+    return 2 * (max(LEAST_WINDOW, bins // 10) // 2) + 1
+
+
+def _rolling(values: Any) -> Any:
+    return values.rolling(window(len(values)), min_periods=1, center=True)

@@ -1,4 +1,4 @@
-"""What the report shows of the samples' texts: excerpts, the token view, never and always kept."""
+"""What the report shows of the samples' texts: excerpts, and the token view."""
 
 import math
 
@@ -9,7 +9,6 @@ from qtuning_kernels.run_record.reader import Record
 
 TEXT_BYTES = 8_000_000  # of all excerpts that hovering shows
 EXCERPT = 600  # characters of a prompt or answer, at most
-MAX_LISTED = 100  # samples in the list of those never, or always, kept
 MAX_TOKENS = 40_000  # tokens in the token view
 SHADES = 10
 
@@ -24,7 +23,8 @@ def excerpts(ids: list, texts: pd.DataFrame) -> dict:
     Returns ``prompt`` and ``answer`` (lists in the order of `ids`, None where there is no text) and
     ``limit``, the characters that were kept of each.
     """
-    known = {row.id: (str(row.prompt), str(row.answer)) for row in texts.itertuples() if not pd.isna(row.prompt)}
+    written = texts[texts.prompt.notna() & texts.answer.notna()]
+    known = {row.id: (str(row.prompt), str(row.answer)) for row in written.itertuples()}
     pairs = [known.get(each, (None, None)) for each in ids]
     limit = EXCERPT
     while limit > 20:
@@ -91,22 +91,3 @@ def token_samples(record: Record) -> tuple[list[dict], int]:
             }
         )
     return shown, len(record.tokens) - len(shown)
-
-
-def listed(history: pd.DataFrame, texts: pd.DataFrame, *, kept: bool) -> list[dict]:
-    """The first `MAX_LISTED` samples always kept, or never: the most often scored, then the highest PPL."""
-    chosen = history.kept == (history.seen if kept else 0)
-    rows = history[chosen].sort_values(["seen", "ppl"], ascending=False, kind="stable").head(MAX_LISTED)
-    known = {row.id: {"prompt": row.prompt, "answer": row.answer} for row in texts.itertuples()}
-    none = {"prompt": "", "answer": ""}
-    return [
-        {
-            "id": str(row.id),
-            "seen": int(row.seen),
-            "ppl": _number(row.ppl),
-            "entropy": _number(row.entropy),
-            "quadrant": 0 if pd.isna(row.quadrant) else int(row.quadrant),
-            **{name: _cut(str(text), EXCERPT) for name, text in known.get(row.id, none).items()},
-        }
-        for row in rows.itertuples()
-    ]

@@ -102,7 +102,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{RECORD_VERSION}. Update the package to read it."
         )
     absent: dict[str, Any] = dict.fromkeys(("created", "command", "total_steps"))
-    return absent | {"configuration": {}, "versions": {}, "resumed": []} | run
+    return absent | {"configuration": {}, "versions": {}, "resumed": [], "evaluations": []} | run
 
 
 def read_record(run: str | Path) -> Record:
@@ -136,7 +136,7 @@ def read_record(run: str | Path) -> Record:
     return Record(folder=folder, run=head, **tables, texts=texts, notices=notices)
 
 
-_NOT_NUMBERS = frozenset({"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated"})
+_NOT_NUMBERS = frozenset({"id", "token_ids", "tokens", "nll", "score", "keep", "prompt", "answer", "truncated", "tag"})
 _INFINITY = {"Infinity": float("inf"), "-Infinity": float("-inf")}
 
 

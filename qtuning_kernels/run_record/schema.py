@@ -3,7 +3,7 @@
 A record is a folder, ``<output_dir>/record/``, of
 
 - ``run.json``: ``record_version``, ``created``, ``command``, ``configuration``, ``versions``, ``resumed``,
-  ``total_steps``;
+  ``total_steps``, ``evaluations`` (``step`` and losses ``eval_…``, of each evaluation, one before the first step too);
 - ``samples.jsonl``: one row per sample and optimiser step (`SAMPLE_COLUMNS`);
 - ``steps.jsonl``: one row per optimiser step (`STEP_COLUMNS`);
 - ``tokens.jsonl``: one row per chosen sample and step (`TOKEN_COLUMNS`);
@@ -18,6 +18,7 @@ and an infinity as the string ``"Infinity"`` or ``"-Infinity"``; pandas reads th
 """
 
 RECORD_VERSION = 1
+LOSS_STEPS = 5  # that a loss is a mean of: single steps train on so few samples that their losses are noise
 
 # the phases of an optimiser step in which time is counted
 PHASES = {
@@ -58,7 +59,7 @@ STEP_COLUMNS = (
 # token_ids, tokens (strings), nll (nats), score (neighbour-aware, eq. 7; null for a sample that is not
 # token-pruned) and keep are lists over the trainable tokens; prompt is text.
 TOKEN_COLUMNS = ("step", "id", "token_ids", "tokens", "nll", "score", "keep", "prompt")
-TEXT_COLUMNS = ("id", "prompt", "answer", "truncated")
+TEXT_COLUMNS = ("id", "prompt", "answer", "truncated", "tag")  # tag: what the data says of the sample, if anything
 
 TABLES = {
     "samples.jsonl": SAMPLE_COLUMNS,

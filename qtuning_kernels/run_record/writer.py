@@ -133,6 +133,7 @@ class RunRecord:
                 "configuration": {},
                 "versions": installed_versions(),
                 "resumed": [],
+                "evaluations": [],
             }
         self.run["total_steps"] = total_steps
         self._write_run()
@@ -164,12 +165,15 @@ class RunRecord:
         configuration: Mapping[str, Any] | None = None,
         command: str | None = None,
         versions: Mapping[str, str] | None = None,
+        evaluations: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
-        """Adds to ``run.json``: the configuration, the command that makes the run again, further versions."""
+        """Adds to ``run.json``: configuration, versions, the command that makes the run again; replaces evaluations."""
         self.run["configuration"].update(configuration or {})
         self.run["versions"].update(versions or {})
         if command is not None:
             self.run["command"] = command
+        if evaluations is not None:
+            self.run["evaluations"] = list(evaluations)
         self._write_run()
 
     def choose_token_samples(self, step: int, keep: Sequence[bool]) -> list[int]:
@@ -238,7 +242,7 @@ def write_texts(folder: str | Path, rows: Iterable[Mapping], *, limit: int = TEX
 
     Args:
         folder: the record's folder.
-        rows: mappings with ``id``, ``prompt`` and ``answer``.
+        rows: mappings with ``id``, ``prompt`` and ``answer``, and ``tag`` if the data has one.
         limit: characters of each text that are kept; a row that lost some has ``truncated`` true.
     """
     path = Path(folder) / "texts.jsonl"
@@ -246,7 +250,8 @@ def write_texts(folder: str | Path, rows: Iterable[Mapping], *, limit: int = TEX
     def cut(row: Mapping) -> dict:
         prompt, answer = str(row["prompt"]), str(row["answer"])
         truncated = max(len(prompt), len(answer)) > limit
-        return {"id": row["id"], "prompt": prompt[:limit], "answer": answer[:limit], "truncated": truncated}
+        tag = {"tag": row["tag"]} if row.get("tag") is not None else {}
+        return {"id": row["id"], "prompt": prompt[:limit], "answer": answer[:limit], "truncated": truncated} | tag
 
     _write_lines(path, (_line(cut(row)) for row in rows))
     return path

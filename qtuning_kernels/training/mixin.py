@@ -130,7 +130,6 @@ class QTuningMixin(Host):
         finally:
             if self._record is not None:
                 self._record.close()
-                self._record = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -258,7 +257,15 @@ class QTuningMixin(Host):
                     "training": self.args.to_sanitized_dict(),
                 }
             )
+            self._record_evaluations()
         return planner
+
+    def _record_evaluations(self) -> None:
+        if self._record is not None:
+            history = [row for row in self.state.log_history if any(map(_is_loss, row))]
+            self._record.write_run(
+                evaluations=[{k: row[k] for k in row if k == "step" or _is_loss(k)} for row in history]
+            )
 
     def _end_step(self) -> None:
         """After the optimiser: the step's accounts and its record."""
@@ -316,6 +323,11 @@ def _batch(kept: list[Sample], pool: list[Sample], kind: BatchKind, policy: Poli
     return put_together(kept or [without_labels(pool)], kind)
 
 
+def _is_loss(key: str) -> bool:
+    """Whether a key of the log is the loss of an evaluation; of several sets, each has its name in it."""
+    return key.startswith("eval_") and key.endswith("_loss")
+
+
 def _metadata(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
@@ -331,7 +343,7 @@ class _Accounts(TrainerCallback):
         self.start: Any = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer._planner = self.trainer._plan = None
+        self.trainer._planner = self.trainer._plan = self.trainer._record = None
         self.trainer.totals, self.trainer._window = Totals(), Totals()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -344,3 +356,6 @@ class _Accounts(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer._end_step()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.trainer._record_evaluations()

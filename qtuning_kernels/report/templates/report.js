@@ -23,61 +23,90 @@
     }
   })();
   const SVG_POINTS = 4000; // of the plane, where the browser cannot draw with WebGL
+  const DENSE = 5000; // points, above which they are smaller and more transparent
 
-  const ARRAYS = { f4: Float32Array, f8: Float64Array, i1: Int8Array, u1: Uint8Array, i2: Int16Array, i4: Int32Array };
-  const decode = (array) => {
-    if (!array || !array.bdata) return Array.from(array || []);
-    const bytes = Uint8Array.from(atob(array.bdata), (char) => char.charCodeAt(0));
-    return Array.from(new ARRAYS[array.dtype](bytes.buffer));
+  const ARRAYS = { f4: Float32Array, i1: Int8Array, i4: Int32Array };
+  const decode = ({ bdata, dtype }) => new ARRAYS[dtype](Uint8Array.from(atob(bdata), (char) => char.charCodeAt(0)).buffer);
+  const decodeAll = (columns) =>
+    Object.fromEntries(Object.entries(columns).map(([name, array]) => [name, array && array.bdata ? decode(array) : array]));
+  const { frames, names } = data.plane;
+  const rows = decodeAll(data.plane.columns);
+  const samples = decodeAll(data.samples);
+
+  const rowsOfStep = new Map([[null, []], ...frames.map((frame) => [frame.step, []])]);
+  rows.step.forEach((step, row) => {
+    if (rows.last[row]) rowsOfStep.get(null).push(row);
+    if (rowsOfStep.has(step)) rowsOfStep.get(step).push(row);
+  });
+  // in the order of drawing: kept on top of dropped, the middle first
+  const groups = [0, 1]
+    .flatMap((keep) => [0, 3, 1, 2, 4].map((quadrant) => ({ keep, quadrant })))
+    .filter(({ keep, quadrant }) => rows.quadrant.some((each, row) => each === quadrant && rows.keep[row] === keep));
+  const groupName = ({ keep, quadrant }) => (names[quadrant] ? `${names[quadrant]}, ` : "") + (keep ? "kept" : "dropped");
+  const trace = (group, chosen) => {
+    const colour = data.colours[group.quadrant];
+    const dense = chosen.length > DENSE;
+    const points = chosen.filter((row) => rows.quadrant[row] === group.quadrant && rows.keep[row] === group.keep);
+    return {
+      type: webgl ? "scattergl" : "scatter",
+      mode: "markers",
+      name: groupName(group),
+      x: points.map((row) => rows.ppl[row]),
+      y: points.map((row) => rows.entropy[row]),
+      customdata: points,
+      showlegend: true,
+      marker: {
+        color: colour,
+        symbol: group.keep ? "circle" : "x-thin-open",
+        size: (group.keep ? 7 : 6) - 2 * dense,
+        opacity: (group.keep ? 0.9 : 0.7) - 0.2 * dense,
+        line: { width: 1, color: colour },
+      },
+      hovertemplate: "%{fullData.name}<br>perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra></extra>",
+    };
   };
-
-  // without WebGL every n-th point of each trace is drawn as SVG, which says so below the slider
-  const drawable = (figure) => {
-    if (webgl) return { traces: figure.data, shown: null };
-    const decoded = figure.data.map((trace) => ({ x: decode(trace.x), y: decode(trace.y), custom: decode(trace.customdata) }));
-    const total = decoded.reduce((sum, trace) => sum + trace.x.length, 0);
-    const every = Math.max(1, Math.ceil(total / SVG_POINTS));
-    let shown = 0;
-    const traces = figure.data.map((trace, index) => {
-      const { x, y, custom } = decoded[index];
-      const width = custom.length / x.length;
-      const chosen = x.map((_, point) => point).filter((point) => point % every === 0);
-      shown += chosen.length;
-      return {
-        ...trace,
-        type: "scatter",
-        x: chosen.map((point) => x[point]),
-        y: chosen.map((point) => y[point]),
-        customdata: chosen.map((point) => custom.slice(width * point, width * (point + 1))),
-      };
-    });
-    return { traces, shown };
+  const border = ([name, value]) => {
+    const [across, along] = name.startsWith("ppl") ? ["x", "y"] : ["y", "x"];
+    const dash = name.endsWith("high") ? "dash" : "dot";
+    return {
+      ...{ type: "line", name, line: { color: data.colours[0], width: 1.5, dash } },
+      ...{ [`${across}0`]: value, [`${across}1`]: value, [`${along}0`]: 0, [`${along}1`]: 1, [`${along}ref`]: "paper" },
+    };
   };
 
   let theme = window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
   const layoutOf = (figure) => {
     const layout = { ...figure.layout, template: data.themes[theme], autosize: true };
-    if (narrow.matches) layout.height += 18 * figure.data.length; // the legend has one entry a line there
+    if (narrow.matches) layout.height += 18 * (figure.data.length || groups.length); // the legend has one entry a line there
     return layout;
   };
 
-  const frames = data.figures.plane || [];
   let current = 0;
+  const number = (value) => value.toLocaleString("en");
   const drawPlane = () => {
-    const { traces, shown } = drawable(frames[current]);
-    const frame = data.frames[current];
+    const frame = frames[current];
+    const all = rowsOfStep.get(frame.step);
+    const every = webgl ? 1 : Math.max(1, Math.ceil(all.length / SVG_POINTS));
+    const chosen = every === 1 ? all : all.filter((_, index) => index % every === 0);
     byId("frame-label").textContent = frame.label;
-    const drawn = shown === null ? frame.shown : shown;
-    const parts = [];
-    if (drawn < frame.total) {
-      parts.push(`Drawn: ${drawn.toLocaleString("en")} of ${frame.total.toLocaleString("en")} samples, a fixed choice` +
-        (shown === null ? "." : ", because this browser has no WebGL."));
-    } else {
-      parts.push(`${frame.total.toLocaleString("en")} samples, each where it was scored last.`);
+    byId("frame").setAttribute("aria-valuetext", frame.label);
+    const parts = [
+      chosen.length < frame.total
+        ? `Drawn: ${number(chosen.length)} of ${number(frame.total)} samples, a fixed choice` +
+          (webgl ? "." : ", because this browser has no WebGL.")
+        : `${number(frame.total)} samples${frames.length > 1 && frame.step === null ? ", each where it was scored last" : ""}.`,
+    ];
+    if (frame.alpha !== null) parts.push(`α = ${frame.alpha.toPrecision(3)}.`);
+    if (frame.alpha !== null && !("ppl_low" in frame.thresholds)) {
+      parts.push("No thresholds: several pools with their own, or tied values.");
     }
-    if (frame.steps > 1) parts.push(`Thresholds: medians of ${frame.steps.toLocaleString("en")} steps.`);
     byId("frame-note").textContent = parts.join(" ");
-    return Plotly.react("chart-plane", traces, layoutOf(frames[current]), config);
+    byId("hovered").replaceChildren(line("quiet", "Point at a sample, or tap it, to see its text."));
+    const layout = { ...layoutOf(data.figures.plane), shapes: Object.entries(frame.thresholds).map(border) };
+    return Plotly.react("chart-plane", groups.map((group) => trace(group, chosen)), layout, config).then((plot) => {
+      Plotly.Fx.unhover(plot); // of a point that has gone
+      return plot;
+    });
   };
 
   const line = (className, text) => {
@@ -86,21 +115,25 @@
     paragraph.textContent = text;
     return paragraph;
   };
+  const textOf = (sample) =>
+    samples.prompt[sample] === null
+      ? [line("quiet", "No text was recorded for this sample.")]
+      : [line("prompt", samples.prompt[sample]), line("answer", samples.answer[sample])];
   const showSample = (event) => {
     const point = event.points[0];
-    const [sample, step, kept, all, role, supplemented] = point.customdata;
-    const samples = data.samples;
+    const row = point.customdata;
+    const [sample, kept, all] = [rows.sample[row], rows.kept_tokens[row], rows.num_tokens[row]];
     const counts = kept < 0 ? `${all} answer tokens` : `${kept} of ${all} answer tokens kept`;
     const lines = [
-      line("meta", `${samples.id[sample]}${step > 0 ? `, scored in step ${step}` : ""}`),
-      line("meta", `perplexity ${Number(point.x).toPrecision(4)}, entropy ${Number(point.y).toPrecision(4)} nats`),
-      line("meta", `${point.data.name}${supplemented ? ` as a supplement, treated as Q${role}` : ""}; ${counts}`),
+      line("meta", `${samples.id[sample]}${rows.step[row] > 0 ? `, scored in step ${rows.step[row]}` : ""}`),
+      line("meta", `perplexity ${rows.ppl[row].toPrecision(4)}, entropy ${rows.entropy[row].toPrecision(4)} nats`),
+      line("meta", `${point.data.name}; ${counts}`),
     ];
-    if (samples.prompt[sample] === null) {
-      lines.push(line("quiet", "No text was recorded for this sample."));
-    } else {
-      lines.push(line("prompt", samples.prompt[sample]), line("answer", samples.answer[sample]));
+    if (rows.supplemented[row] === 1) {
+      const why = "Kept as a supplement, because Q2 and Q4 held too few of its pool";
+      lines.push(line("meta", `${why}; treated as Q${rows.role[row]}, to which it leans.`));
     }
+    lines.push(...textOf(sample));
     byId("hovered").replaceChildren(...lines);
   };
 
@@ -152,7 +185,71 @@
     if (role) role.addEventListener("change", filter);
     filter();
   };
-  document.querySelectorAll("section:has(input[type=search])").forEach(search);
+  document.querySelectorAll("section:has([data-found])").forEach(search);
+
+  // the list of all samples, a page at a time
+  const PAGE = 20;
+  const filters = byId("filters");
+  const ordered = Array.from(samples.id.keys()).sort((a, b) => (samples.ppl[b] || 0) - (samples.ppl[a] || 0));
+  const searched = samples.id.map((id, i) => `${id}\n${samples.prompt[i] ?? ""}\n${samples.answer[i] ?? ""}`.toLowerCase());
+  const keptAs = (i) => (samples.kept[i] === 0 ? "never" : samples.kept[i] === samples.seen[i] ? "always" : "times");
+  const entry = (i) => {
+    const item = document.createElement("li");
+    item.className = "sample";
+    const value = (x) => (Number.isFinite(x) ? x.toPrecision(3) : "–");
+    const parts = [`perplexity ${value(samples.ppl[i])}`, `entropy ${value(samples.entropy[i])}`];
+    if (names[samples.quadrant[i]]) parts.push(names[samples.quadrant[i]]);
+    if (data.kind === "run") parts.push(`seen ${samples.seen[i]}×, kept ${samples.kept[i]}×`);
+    if (samples.supplemented[i]) parts.push(data.kind === "run" ? `${samples.supplemented[i]}× as a supplement` : "supplemented");
+    if (samples.tag[i]) parts.push(samples.tag[i]);
+    item.append(line("meta", `${samples.id[i]} · ${parts.join(" · ")}`), ...textOf(i));
+    return item;
+  };
+  let found = [];
+  let first = 0;
+  const showPage = (start) => {
+    first = start;
+    const last = Math.min(first + PAGE, found.length);
+    byId("list").replaceChildren(...found.slice(first, last).map(entry));
+    byId("list").scrollTop = 0;
+    byId("found").textContent = found.length ? `${number(first + 1)}–${number(last)} of ${number(found.length)} samples` : "No sample.";
+    byId("previous").disabled = first === 0;
+    byId("next").disabled = last === found.length;
+  };
+  const find = () => {
+    const wanted = Object.fromEntries(new FormData(filters));
+    const words = wanted.search.trim().toLowerCase();
+    found = ordered.filter(
+      (i) =>
+        searched[i].includes(words) &&
+        (!wanted.kept || keptAs(i) === wanted.kept) &&
+        (!wanted.quadrant || samples.quadrant[i] === Number(wanted.quadrant)) &&
+        (!wanted.tag || samples.tag[i] === wanted.tag),
+    );
+    showPage(0);
+  };
+  filters.addEventListener("input", find);
+  filters.addEventListener("submit", (event) => event.preventDefault());
+  byId("previous").addEventListener("click", () => showPage(first - PAGE));
+  byId("next").addEventListener("click", () => showPage(first + PAGE));
+  find();
+
+  // a token's numbers, by pointing, touch or keyboard
+  const chooseToken = (token) => {
+    document.querySelector(".chosen")?.classList.remove("chosen");
+    token.classList.add("chosen");
+    token.scrollIntoView({ block: "nearest" });
+    byId("token").textContent = `“${token.textContent.trim()}”: ${token.title}`;
+  };
+  byId("tokens")?.addEventListener("click", ({ target }) => target.title && chooseToken(target));
+  byId("tokens")?.addEventListener("keydown", (event) => {
+    const move = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+    if (!move || !event.target.matches(".answer")) return;
+    event.preventDefault();
+    const chosen = event.target.querySelector(".chosen");
+    const token = chosen ? chosen[move] : event.target.firstElementChild;
+    if (token) chooseToken(token);
+  });
 
   const finish = () => {
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
@@ -165,7 +262,6 @@
 
   const slider = byId("frame");
   slider.max = String(frames.length - 1);
-  if (frames.length < 2) slider.closest(".slider").hidden = true;
   slider.addEventListener("input", () => {
     current = Number(slider.value);
     drawPlane();
@@ -180,8 +276,9 @@
     if (timer) return stop();
     byId("play").textContent = "⏸";
     if (current === frames.length - 1) current = 0;
+    const stride = Math.ceil(frames.length / 60);
     timer = setInterval(() => {
-      current += 1;
+      current = Math.min(current + stride, frames.length - 1);
       slider.value = String(current);
       drawPlane();
       if (current === frames.length - 1) stop();
