@@ -23,6 +23,8 @@ WORDS = [
     "hour",
 ]
 
+TAGS = ("clean", "clean", "clean", "wrong", "trivial", "duplicate", "clean")
+
 
 def quantile(values, gamma):
     values = sorted(values)
@@ -77,11 +79,17 @@ def synthetic_run(
     samples = samples or max(1, steps * pool // 2)
     record_folder = folder / "record"
     if texts:
-        rows = ({"id": i, "prompt": f"Q{i}: {text(i, rng)}?", "answer": text(i, rng)} for i in range(samples))
+        rows = (
+            {"id": i, "prompt": f"Q{i}: {text(i, rng)}?", "answer": text(i, rng), "tag": TAGS[i % len(TAGS)]}
+            for i in range(samples)
+        )
         write_texts(record_folder, rows)
     with RunRecord(record_folder, total_steps=steps, token_samples=64) as record:
         record.write_run(
             command="qtuning train --data gsm8k.jsonl --max-steps 30",
+            evaluations=[{"step": s, "eval_loss": 1.5 - 0.5 * s / steps} for s in sorted({0, steps // 2, steps})]
+            if steps
+            else [],
             configuration={"qtuning": {"sample_ratio": 0.125, "token_ratio": 0.5}, "learning_rate": 1e-4},
         )
         for step in range(1, steps + 1):

@@ -1,7 +1,6 @@
 """The report's charts as Plotly figures, which carry their data into the page."""
 
 import base64
-import html
 import json
 from typing import Any
 
@@ -11,7 +10,6 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from qtuning_kernels.report.summary import Number
 from qtuning_kernels.run_record.schema import PHASES, QUADRANT_LABELS, QUADRANTS
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness; 3 : 1 on both themes' surfaces
@@ -54,25 +52,27 @@ def plane_layout(rows: pd.DataFrame, second_axis: str, quadrants: bool) -> go.Fi
     ppl, entropy = np.maximum(rows.ppl.to_numpy(float), 1e-3), rows.entropy.to_numpy(float)
     ranges = [_padded(np.log10(ppl)), _padded(entropy)] if len(rows) else [None, None]
     corners = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1)}
+    style = {"xref": "paper", "yref": "paper", "showarrow": False, "font": {"size": 18}}
     annotations = [
         {
             "text": QUADRANT_LABELS[quadrant],
-            "xref": "paper",
-            "yref": "paper",
             "x": x,
             "y": y,
-            "xanchor": "right" if x else "left",
-            "yanchor": "top" if y else "bottom",
-            "showarrow": False,
-            "font": {"size": 18},
+            "xanchor": ("left", "right")[x],
+            "yanchor": ("bottom", "top")[y],
         }
         for quadrant, (x, y) in corners.items()
         if quadrants
     ]
     layout = {
-        "xaxis": {"title": {"text": "perplexity of the sample (log scale)"}, "type": "log", "range": ranges[0]},
+        "xaxis": {
+            "title": {"text": "perplexity of the sample (log scale)"},
+            "type": "log",
+            "minorloglabels": "complete",
+            "range": ranges[0],
+        },
         "yaxis": {"title": {"text": second_axis}, "range": ranges[1]},
-        "annotations": annotations,
+        "annotations": [each | style for each in annotations],
         "hovermode": "closest",
         "hoverdistance": 12,
         "uirevision": "plane",
@@ -165,21 +165,6 @@ def _over_steps(figure: go.Figure, curves: pd.DataFrame, **layout: Any) -> go.Fi
     figure.update_layout({"xaxis_title": "optimiser step", "hovermode": "x unified"} | layout)
     if len(curves) < 3:  # a line through so few points is hardly seen
         figure.update_traces(mode="lines+markers")
-    return figure
-
-
-def flops_figure(numbers: dict[str, Number]) -> go.Figure:
-    figure = go.Figure()
-    bars = {"flops_full": ("full data", "#7F7F7F"), "flops_spent": ("this run", _LOSS_COLOUR)}
-    for key, (name, colour) in bars.items():
-        figure.add_bar(
-            y=[name],
-            x=[numbers[key].value],
-            orientation="h",
-            marker_color=colour,
-            hovertemplate=html.escape(numbers[key].text) + "<extra></extra>",
-        )
-    figure.update_layout(xaxis_title="FLOPs", showlegend=False, height=200, bargap=0.35)
     return figure
 
 

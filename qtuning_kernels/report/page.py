@@ -141,8 +141,6 @@ def _run_context(record: Record, home: Path) -> dict[str, Any]:
             charts["loss"] = figures.loss_figure(curves, record.run["evaluations"])
         if numbers["seconds_total"].value is not None:
             charts["time"] = figures.time_figure(curves)
-    if numbers["share_flops_saved"].value is not None:
-        charts["flops"] = figures.flops_figure(numbers)
     token_list, token_rest = texts.token_samples(record)
     return _page_context(record.samples, record.steps, record.texts, charts, policy) | {
         "title": f"Q-Tuning run {home.resolve().name}",

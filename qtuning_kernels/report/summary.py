@@ -44,7 +44,7 @@ _FORMATS = {
     "share_": lambda value: f"{100 * value:.1f} %",
     "seconds_": _seconds,
     "flops_": _flops,
-    "loss_": lambda value: f"{value:.4g}",
+    "loss_": lambda value: f"{value:#.4g}",
 }
 
 

@@ -59,7 +59,7 @@
         color: colour,
         symbol: group.keep ? "circle" : "x-thin-open",
         size: (group.keep ? 7 : 6) - 2 * dense,
-        opacity: (group.keep ? 0.9 : 0.7) - 0.2 * dense,
+        opacity: 0.9 - 0.3 * dense,
         line: { width: 1, color: colour },
       },
       hovertemplate: "%{fullData.name}<br>perplexity %{x:.4g}<br>entropy %{y:.4g} nats<extra></extra>",
