@@ -78,13 +78,11 @@ def make_plane(samples: pd.DataFrame, steps: pd.DataFrame) -> Plane:
         borders = table.loc[step].dropna().to_dict()
         return {"alpha": borders.pop("alpha", None), "thresholds": borders, "total": int(totals.get(step, 0))}
 
+    frames: list[dict] = []
     if len(numbers) == 1:
-        label = f"step {numbers[0]}" if numbers[0] else "all samples"
-        frames = [{"step": None, "label": label} | of_step(numbers[0])]
+        frames = [{"step": None, "label": f"step {numbers[0]}" if numbers[0] else "all samples"} | of_step(numbers[0])]
     elif len(numbers):
-        whole = {"label": f"all steps {numbers[0]}–{numbers[-1]}", "alpha": None, "thresholds": {}}
-        frames = [{"step": None, "total": len(latest)} | whole]
+        label = f"all steps {numbers[0]}–{numbers[-1]}"
+        frames = [{"step": None, "label": label, "total": len(latest), "alpha": None, "thresholds": {}}]
         frames += [{"step": int(step), "label": f"step {step}"} | of_step(step) for step in chosen]
-    else:
-        frames = []
-    return Plane(rows.assign(last=rows.index.isin(shown.index)), frames if len(rows) else frames[:0])
+    return Plane(rows.assign(last=rows.index.isin(shown.index)), frames if len(rows) else [])

@@ -31,6 +31,8 @@ def expected_numbers(folder: Path) -> dict[str, float | int | None]:
     supplemented = [row for row in samples if row.get("supplemented")]
     tokens_seen, tokens_kept = total(samples, "num_tokens"), total(samples, "kept_tokens")
     losses = [row["loss"] for row in steps if row.get("loss") is not None]
+    head = json.loads((folder / "record" / "run.json").read_text())
+    evaluations = [row["eval_loss"] for row in head.get("evaluations", [])] or [None]
     seconds = {phase: total(steps, f"seconds_{phase}") for phase in PHASES}
     known = [value for value in seconds.values() if value is not None]
     seconds_total = math.fsum(known) if known else None
@@ -54,8 +56,10 @@ def expected_numbers(folder: Path) -> dict[str, float | int | None]:
         "tokens_kept": tokens_kept,
         "share_tokens_kept": share(tokens_kept, tokens_seen),
         "not_on_plane": sum(not (finite(row.get("ppl")) and finite(row.get("entropy"))) for row in samples),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
+        "loss_first": math.fsum(losses[:5]) / len(losses[:5]) if losses else None,
+        "loss_last": math.fsum(losses[-5:]) / len(losses[-5:]) if losses else None,
+        "loss_eval_first": evaluations[0],
+        "loss_eval_last": evaluations[-1],
         "seconds_total": seconds_total,
         "seconds_per_step": share(seconds_total, len(steps)),
         "tokens_per_second": share(tokens_seen, seconds_total),
@@ -71,9 +75,11 @@ def expected_numbers(folder: Path) -> dict[str, float | int | None]:
         "share_sometimes_kept": share(distinct - never - always, distinct),
     }
     for quadrant in range(5):
-        count = sum(row.get("quadrant") == quadrant for row in samples)
-        numbers[f"count_q{quadrant}"] = count
-        numbers[f"share_q{quadrant}"] = share(count, len(samples))
+        in_it = [row for row in samples if row.get("quadrant") == quadrant]
+        numbers[f"count_q{quadrant}"] = len(in_it)
+        numbers[f"share_q{quadrant}"] = share(len(in_it), len(samples))
+        numbers[f"kept_q{quadrant}"] = sum(bool(row.get("keep")) for row in in_it)
+        numbers[f"supplemented_q{quadrant}"] = sum(bool(row.get("supplemented")) for row in in_it)
     for phase in PHASES:
         numbers[f"seconds_{phase}"] = seconds[phase]
         numbers[f"share_seconds_{phase}"] = share(seconds[phase], seconds_total)

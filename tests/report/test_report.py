@@ -9,17 +9,19 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 
 pytest.importorskip("plotly", reason="needs the report extra: plotly, jinja2")
-from qtuning_kernels.report import build_report
-from qtuning_kernels.report.texts import MAX_LISTED, MAX_TOKENS
+from qtuning_kernels.report import build_report, figures
+from qtuning_kernels.report.plane import quantile as quantile_of_report
+from qtuning_kernels.report.texts import MAX_TOKENS
 from qtuning_kernels.run_record.reader import RecordError
 from qtuning_kernels.run_record.writer import RunRecord
-from tests.synthetic_run import quantile, synthetic_run
+from tests.synthetic_run import TAGS, quantile, synthetic_pool, synthetic_run
 
-from .report_expected import PHASES, rows, share
-from .report_page import Page, array, assert_numbers
+from .report_expected import PHASES, rows
+from .report_page import Page, array, assert_numbers, columns, points
 
 
 @pytest.fixture(scope="module")
@@ -45,104 +47,219 @@ def test_shown_text_is_the_value(page):
 
 
 def test_every_point_of_the_plane_is_a_row_of_the_record(page, run):
-    table = {(row["step"], row["id"]): row for row in rows(run, "samples.jsonl")}
-    figures = page.data["figures"]["plane"]
-    assert len(figures) == len(page.data["frames"]) == 25
-    latest = {}
-    for (step, ident), row in table.items():
-        latest[ident] = (step, row)
-    for number, figure in enumerate(figures):
-        seen = set()
-        for trace in figure["data"]:
-            x, y, custom = (array(trace[name]) for name in ("x", "y", "customdata"))
-            for ppl, entropy, (sample, step, kept, total, role, supplemented) in zip(x, y, custom, strict=True):
-                ident = int(page.data["samples"]["id"][sample])
-                row = table[int(step), ident]
-                assert ppl == np.float32(row["ppl"])
-                assert entropy == np.float32(row["entropy"])
-                assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
-                assert (role, bool(supplemented)) == (row["role"], row["supplemented"])
-                assert trace["name"].endswith("kept" if row["keep"] else "dropped")
-                assert trace["name"].startswith(f"Q{row['quadrant']} " if row["quadrant"] else "middle")
-                assert ident not in seen
-                seen.add(ident)
-                if number == 0:
-                    assert step == latest[ident][0]
-        if number == 0:
-            assert seen == set(latest)
-        assert page.data["frames"][number]["shown"] == page.data["frames"][number]["total"] == len(seen)
+    """The whole run, each sample where it was scored last, then each step with the quadrants of that step."""
+    table = rows(run, "samples.jsonl")
+    frames = page.data["plane"]["frames"]
+    assert [frame["step"] for frame in frames] == [None, *range(1, 31)]
+    for number, frame in enumerate(frames):
+        recorded = {row["id"]: row for row in table if frame["step"] in (None, row["step"])}
+        shown = points(page, number)
+        assert sorted(int(point["id"]) for point in shown) == sorted(recorded)
+        assert frame["total"] == len(recorded)
+        for point in shown:
+            row = recorded[int(point["id"])]
+            names = ("step", "kept_tokens", "num_tokens", "role", "quadrant", "keep", "supplemented")
+            assert [point[name] for name in names] == [row[name] for name in names]
+            assert (point["ppl"], point["entropy"]) == (np.float32(row["ppl"]), np.float32(row["entropy"]))
 
 
-def test_thresholds_follow_from_alpha(page, run):
-    """Q_γ is the smallest value with at least a fraction γ at or below it; frames show medians over steps."""
+def test_thresholds_follow_from_alpha_on_single_steps_only(page, run):
+    """Q_γ is the smallest value with at least a fraction γ at or below it; over several steps it means nothing."""
     samples = rows(run, "samples.jsonl")
-    expected = {name: [] for name in ("ppl_low", "ppl_high", "entropy_low", "entropy_high")}
-    for step in rows(run, "steps.jsonl"):
+    whole, *frames = page.data["plane"]["frames"]
+    assert whole["thresholds"] == {}
+    assert whole["alpha"] is None
+    for step, frame in zip(rows(run, "steps.jsonl"), frames, strict=True):
+        expected = {}
         for axis in ("ppl", "entropy"):
             values = [row[axis] for row in samples if row["step"] == step["step"]]
-            expected[f"{axis}_low"].append(quantile(values, step["alpha"]))
-            expected[f"{axis}_high"].append(quantile(values, 1 - step["alpha"]))
-    whole = page.data["frames"][0]["thresholds"]
-    assert whole == {name: pytest.approx(statistics.median(values)) for name, values in expected.items()}
-    lines = {shape["name"]: shape for shape in page.data["figures"]["plane"][0]["layout"]["shapes"]}
-    assert lines["ppl_high"]["x0"] == lines["ppl_high"]["x1"] == whole["ppl_high"]
-    assert lines["entropy_low"]["y0"] == lines["entropy_low"]["y1"] == whole["entropy_low"]
+            expected[f"{axis}_low"] = quantile(values, step["alpha"])
+            expected[f"{axis}_high"] = quantile(values, 1 - step["alpha"])
+        assert frame["thresholds"] == expected
+        assert frame["alpha"] == step["alpha"]
+
+
+@pytest.mark.parametrize("count", [10, 100, 50_000])
+def test_thresholds_of_an_alpha_that_is_known_to_float32(count):
+    """α = h/n as float32 lies a hair above or below h/n; the threshold was that of the next sample."""
+    values = np.arange(count, dtype=float)
+    for higher in range(1, count // 2, max(1, count // 50)):
+        alpha = float(np.float32(higher / count))
+        assert quantile_of_report(values, alpha) == higher - 1
+        assert quantile_of_report(values, 1 - alpha) == count - higher - 1
+
+
+def test_no_thresholds_where_they_do_not_part_the_quadrants(tmp_path):
+    """Two pools in a step: each has thresholds of its own, and those of the mean α part neither's samples."""
+    synthetic_run(tmp_path, steps=2, pool=16)
+    record = tmp_path / "record"
+    samples = [row | {"step": 1} for row in rows(tmp_path, "samples.jsonl")]
+    (record / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (record / "steps.jsonl").write_text(json.dumps(rows(tmp_path, "steps.jsonl")[0]) + "\n")
+    (frame,) = Page(build_report(tmp_path)).data["plane"]["frames"]
+    assert frame["thresholds"] == {}
+    assert frame["alpha"] == 0.35
 
 
 def test_recorded_thresholds_win(tmp_path):
     with RunRecord(tmp_path / "record") as record:
         sample = {"id": 1, "ppl": 2.0, "entropy": 1.0, "quadrant": 0, "keep": True, "num_tokens": 3}
         record.write_step({"step": 1, "alpha": 0.1, "ppl_low": 1.25, "ppl_high": 7.5}, [sample])
-    thresholds = Page(build_report(tmp_path)).data["frames"][0]["thresholds"]
+    thresholds = Page(build_report(tmp_path)).data["plane"]["frames"][0]["thresholds"]
     assert thresholds == {"ppl_low": 1.25, "ppl_high": 7.5, "entropy_low": 1.0, "entropy_high": 1.0}
 
 
+def around(index, count, width=5):
+    """The places that a centred rolling mean at `index` is over."""
+    return range(max(0, index - width // 2), min(count, index + width // 2 + 1))
+
+
 def test_curves_follow_from_the_record(page, run):
+    """Shares and seconds over 5 steps at a time; means, medians and the loss as they are and smoothed."""
     samples, steps = rows(run, "samples.jsonl"), rows(run, "steps.jsonl")
-    figures = page.data["figures"]
+    charts = page.data["figures"]
+    pools = [[row for row in samples if row["step"] == step["step"]] for step in steps]
+    assert "Means over 5 steps at a time" in page.text
 
-    def pool(step):
-        return [row for row in samples if row["step"] == step]
+    shares = {trace["name"]: array(trace["y"]) for trace in charts["shares"]["data"]}
+    kept = {trace["name"]: array(trace["y"]) for trace in charts["kept"]["data"]}
+    assert sum(name.startswith("Q") for name in shares) == 4
+    for index in range(len(steps)):
+        near = [row for place in around(index, len(steps)) for row in pools[place]]
+        for name in shares:
+            if name.startswith("Q"):
+                expected = sum(row["quadrant"] == int(name[1]) for row in near) / len(near)
+                assert shares[name][index] == pytest.approx(expected)
+        trained = [row for row in near if row["keep"]]
+        expected = sum(row["supplemented"] for row in trained) / len(trained)
+        assert shares["supplemented, of the kept"][index] == pytest.approx(expected)
+        assert kept["samples"][index] == pytest.approx(len(trained) / len(near))
+        tokens = sum(row["kept_tokens"] for row in near) / sum(row["num_tokens"] for row in near)
+        assert kept["tokens"][index] == pytest.approx(tokens)
 
-    curves = {trace["name"]: array(trace["y"]) for trace in figures["shares"]["data"]}
-    names = [name for name in curves if name.startswith("Q")]
-    assert len(names) == 4
-    for index, row in enumerate(steps):
-        pool_rows = pool(row["step"])
-        for name in names:
-            count = sum(r["quadrant"] == int(name[1]) for r in pool_rows)
-            assert curves[name][index] == pytest.approx(count / len(pool_rows))
-        kept = [r for r in pool_rows if r["keep"]]
-        supplemented = share(sum(r["supplemented"] for r in kept), len(kept))
-        got = curves["supplemented, of the kept"][index]
-        assert math.isnan(got) if supplemented is None else got == pytest.approx(supplemented)
-    ppl_mean, ppl_median, entropy_mean, entropy_median = (array(t["y"]) for t in figures["means"]["data"])
-    for index, row in enumerate(steps):
-        for axis, mean, median in (("ppl", ppl_mean, ppl_median), ("entropy", entropy_mean, entropy_median)):
-            values = [r[axis] for r in pool(row["step"])]
-            assert mean[index] == pytest.approx(statistics.fmean(values))
-            assert median[index] == pytest.approx(statistics.median(values))
-    assert array(figures["loss"]["data"][0]["y"]) == pytest.approx([row["loss"] for row in steps])
-    for phase, trace in zip(PHASES, figures["time"]["data"], strict=True):
-        assert array(trace["y"]) == pytest.approx([row[f"seconds_{phase}"] for row in steps])
-    bars = [trace["x"][0] for trace in figures["flops"]["data"]]
-    assert bars == pytest.approx([page.numbers["flops_full"], page.numbers["flops_spent"]])
+    def check(raw, smooth, values):
+        assert array(raw["y"]) == pytest.approx(values)
+        expected = [statistics.fmean(values[place] for place in around(i, len(values))) for i in range(len(values))]
+        assert array(smooth["y"]) == pytest.approx(expected)
+
+    of_means = iter(charts["means"]["data"])
+    for axis in ("ppl", "entropy"):
+        for statistic in (statistics.fmean, statistics.median):
+            check(next(of_means), next(of_means), [statistic(row[axis] for row in pool) for pool in pools])
+    raw, smooth, evaluation = charts["loss"]["data"]
+    check(raw, smooth, [row["loss"] for row in steps])
+    assert (list(evaluation["x"]), list(evaluation["y"])) == ([0, 15, 30], [1.5, 1.25, 1.0])
+    for phase, trace in zip(PHASES, charts["time"]["data"], strict=True):
+        seconds = [row[f"seconds_{phase}"] for row in steps]
+        expected = [statistics.fmean(seconds[place] for place in around(i, 30)) for i in range(30)]
+        assert array(trace["y"]) == pytest.approx(expected)
 
 
 def test_long_runs_are_binned_without_bias(tmp_path):
+    """300 bins of 2 or 3 steps, and means over 31 bins around each."""
     folder = synthetic_run(tmp_path, steps=700, pool=8, texts=False)
     page = Page(build_report(folder))
     assert_numbers(page, folder)
-    assert "700 steps in 300 bins" in html.unescape(page.text)
+    assert "Means over 72 steps at a time" in page.text
     samples = rows(folder, "samples.jsonl")
     q1 = next(t for t in page.data["figures"]["shares"]["data"] if t["name"].startswith("Q1"))
     ends, shares = array(q1["x"]), array(q1["y"])
     assert ends[-1] == 700
-    start = 0
-    for end, got in zip(ends[:20], shares[:20], strict=True):
-        of_bin = [row["quadrant"] for row in samples if start < row["step"] <= end]
-        assert got == pytest.approx(of_bin.count(1) / len(of_bin))
-        start = end
+    for index in (0, 7, 150, 299):
+        places = around(index, 300, 31)
+        after, last = (ends[places[0] - 1] if places[0] else 0), ends[places[-1]]
+        near = [row["quadrant"] for row in samples if after < row["step"] <= last]
+        assert shares[index] == pytest.approx(near.count(1) / len(near))
+
+
+def test_the_terms_are_explained(page, run):
+    """What a stranger has to know, where the paper is, and why samples of Q1 were kept."""
+    reading = " ".join(re.search(r'(?s)<section id="reading">(.*?)</section>', page.source)[1].split())
+    assert 'href="https://arxiv.org/abs/2509.23873"' in reading
+    for term in ("Perplexity", "Entropy", "Q1 … Q4", "α (alpha)", "Supplemented"):
+        assert f"<dt>{term}</dt>" in reading
+    q1 = [row for row in rows(run, "samples.jsonl") if row["quadrant"] == 1]
+    plain = re.sub("<[^>]+>", "", reading)
+    assert f"Of the {len(q1)} samples in Q1, {sum(row['supplemented'] for row in q1)} were kept" in plain
+
+
+def test_planted_flaws_are_counted_by_quadrant(page, run):
+    section = re.search(r'(?s)<section id="tags">(.*?)</section>', page.source)[1]
+    assert "<h2>Planted flaws by quadrant</h2>" in section
+    samples = rows(run, "samples.jsonl")
+    for tag in set(TAGS):
+        of_it = [row for row in samples if TAGS[row["id"] % len(TAGS)] == tag]
+        line = re.search(rf'(?s)<tr><th scope="row">{tag}<br>(.*?)</tr>', section)[1]
+        shown = re.findall(r"<td>([\d,]+)", line)
+        counts = [sum(row["quadrant"] == quadrant for row in of_it) for quadrant in (1, 2, 3, 4, 0)]
+        assert shown == [str(n) for n in (*counts, len(of_it), sum(row["keep"] for row in of_it))]
+        assert f"{100 * counts[0] / len(of_it):.0f} %" in line
+
+
+def test_other_tags_are_named_as_tags(tmp_path):
+    table = plane_table(20).assign(prompt="p", answer="a", source=["web", "book"] * 10)
+    stored = pyarrow.Table.from_pandas(table).replace_schema_metadata({"qtuning": '{"tag_field": "source"}'})
+    pyarrow.parquet.write_table(stored, tmp_path / "plane.parquet")
+    page = Page(build_report(tmp_path / "plane.parquet"))
+    assert "Tags of the data by quadrant" in page.text
+    assert page.data["samples"]["tag"] == ["web", "book"] * 10
+    assert "flaws" not in page.text
+
+
+def test_evaluations_are_shown_before_and_after(page):
+    assert page.numbers["loss_eval_first"] == 1.5
+    assert page.numbers["loss_eval_last"] == 1.0
+    for label in ("evaluation loss before training", "evaluation loss at step 30", "mean of the first 5 steps"):
+        assert label in page.text
+
+
+def test_tables_have_captions_and_scopes(page):
+    """A screen reader says what a table is, and of what row and column a cell is."""
+    tables = re.findall(r"(?s)<table.*?</table>", page.source)
+    assert len(tables) == 6
+    for table in tables:
+        assert re.search(r"(?s)<table[^>]*>\s*<caption>[^<]+</caption>", table)
+        assert all(re.search(r'scope="(row|col)"', head) for head in re.findall(r"<th\b[^>]*>", table))
+        body = re.search(r"(?s)<tbody>(.*)</tbody>", table)[1]
+        for line in re.findall(r"(?s)<tr>(.*?)</tr>", body):
+            assert line.lstrip().startswith('<th scope="row">'), line
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """As WCAG defines it, of two opaque colours."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgb(code):
+    return [int(code[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_can_be_read_in_both_themes(page, theme):
+    """Text 4.5 : 1, also on every shade of a token; what is drawn 3 : 1."""
+    block = re.search(r"(?s):root%s \{(.*?)\}" % ("" if theme == "light" else r'\[data-theme="dark"\]'), page.source)[1]
+    colours = {name: rgb(code) for name, code in re.findall(r"--(\w+): (#\w{6})", block)}
+    shade = [int(part) for part in re.search(r"--shade: (\d+) (\d+) (\d+)", block).groups()]
+    for text in ("ink", "quiet", "accent"):
+        for ground in ("surface", "page"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    assert contrast(colours["ink"], colours["notice"]) >= 4.5
+    shares = re.findall(r"\.s\d \{ background: rgb\(var\(--shade\) / ([\d.]+)\)", page.source)
+    assert len(shares) == 10
+    for share_of_it in map(float, shares):
+        mixed = [share_of_it * a + (1 - share_of_it) * b for a, b in zip(shade, colours["surface"], strict=True)]
+        assert contrast(colours["ink"], mixed) >= 4.5
+    layout = figures.THEMES[theme]["layout"]
+    assert rgb(layout["font"]["color"]) == colours["ink"]
+    assert contrast(rgb(layout["hoverlabel"]["font"]["color"]), rgb(layout["hoverlabel"]["bgcolor"])) >= 4.5
+    for colour in (*figures.COLOURS.values(), *figures.PHASE_COLOURS.values()):
+        assert contrast(rgb(colour), colours["surface"]) >= 3, colour
 
 
 def test_token_view_shows_every_token_kept_or_pruned(page, run):
@@ -151,7 +268,7 @@ def test_token_view_shows_every_token_kept_or_pruned(page, run):
     assert sum(len(row["tokens"]) for row in recorded) <= MAX_TOKENS
     assert len(articles) == len(recorded) > 20
     for article, row in zip(articles, recorded, strict=True):
-        answer = re.search(r'(?s)<p class="answer">(.*)</p>', article)[1]
+        answer = re.search(r'(?s)<p class="answer"[^>]*>(.*)</p>', article)[1]
         tokens = re.findall(r'(?s)<(span|del) class="s(\d)" title="([^"]*)">(.*?)</\1>', answer)
         assert [html.unescape(text).replace("⏎", "") for *_, text in tokens] == row["tokens"]
         assert [tag == "span" for tag, *_ in tokens] == row["keep"]
@@ -163,19 +280,29 @@ def test_token_view_shows_every_token_kept_or_pruned(page, run):
                 assert order[low] >= order[high] or shades[low] <= shades[high]
 
 
-def test_never_and_always_kept_are_listed_with_texts(page, run):
+def test_token_scores_can_be_reached_without_a_mouse(page):
+    answers = [a for tag, a in page.tags if a.get("class") == "answer"]
+    assert len(answers) > 20
+    for attributes in answers:
+        assert attributes["tabindex"] == "0"
+        assert "arrow keys" in attributes["aria-label"]
+
+
+def test_every_sample_is_in_the_list_with_its_text(page, run):
+    """Those never kept too, however many: the page's script cuts the list into pages."""
     samples = rows(run, "samples.jsonl")
     texts = {row["id"]: row for row in rows(run, "texts.jsonl")}
-    kept = {row["id"]: False for row in samples}
-    for row in samples:
-        kept[row["id"]] |= row["keep"]
-    never = {ident for ident, any_kept in kept.items() if not any_kept}
-    section = re.search(r"(?s)<summary>Never kept</summary>(.*?)</details>", page.source)[1]
-    listed = [int(ident) for ident in re.findall(r"<b>(\d+)</b>", section)]
-    assert len(listed) == len(set(listed)) == min(MAX_LISTED, len(never))
-    assert set(listed) <= never
-    assert all(texts[ident]["prompt"] in html.unescape(section) for ident in listed)
-    assert f"The first {MAX_LISTED} of {len(never)}" in section
+    table = columns(page.data["samples"])
+    assert sorted(map(int, table["id"])) == sorted({row["id"] for row in samples})
+    for place, ident in enumerate(map(int, table["id"])):
+        scorings = [row for row in samples if row["id"] == ident]
+        assert table["seen"][place] == len(scorings)
+        for name, key in (("kept", "keep"), ("supplemented", "supplemented")):
+            assert table[name][place] == sum(row[key] for row in scorings)
+        assert table["quadrant"][place] == scorings[-1]["quadrant"]
+        assert table["ppl"][place] == np.float32(scorings[-1]["ppl"])
+        assert (table["prompt"][place], table["answer"][place]) == (texts[ident]["prompt"], texts[ident]["answer"])
+        assert table["tag"][place] == texts[ident]["tag"]
 
 
 def test_configuration_versions_and_command_are_shown(page):
@@ -189,6 +316,9 @@ def test_page_asks_for_nothing(page):
     """One file: no element that loads, and a policy that forbids the rest."""
     loading = {"src", "href", "srcset", "action", "data"}
     for tag, attributes in page.tags:
+        if tag == "a":  # which a reader follows, and nothing else does
+            assert attributes["href"] == "https://arxiv.org/abs/2509.23873"
+            continue
         for name in loading & attributes.keys():
             assert attributes[name] == "data:,", (tag, attributes)
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
@@ -223,7 +353,7 @@ def test_short_runs(tmp_path, steps, texts):
     page = Page(build_report(folder))
     assert_numbers(page, folder)
     assert ("ended before its first optimiser step" in page.text) == (steps == 0)
-    assert len(page.data["frames"]) == {0: 0, 1: 1, 2: 3}[steps]
+    assert len(page.data["plane"]["frames"]) == {0: 0, 1: 1, 2: 3}[steps]
     assert ("recorded no texts" in page.text) == (not texts)
 
 
@@ -266,9 +396,10 @@ def test_a_policy_without_quadrants(tmp_path, scored):
         assert absent not in page.text
     kept = page.data["figures"]["kept"]["data"]
     assert [trace["name"] for trace in kept] == ["samples", "tokens"]
-    assert ("plane" in page.data["figures"]) == scored or not page.data["figures"]["plane"]
+    assert ("plane" in page.data["figures"]) == scored
     if scored:
-        assert [trace["name"] for trace in page.data["figures"]["plane"][0]["data"]] == ["dropped", "kept"]
+        assert page.data["plane"]["names"] == {}
+        assert {(point["quadrant"], point["keep"]) for point in points(page)} == {(0, 0), (2, 1)}
 
 
 def test_non_finite_samples_are_counted_not_drawn(tmp_path):
@@ -280,7 +411,7 @@ def test_non_finite_samples_are_counted_not_drawn(tmp_path):
         record.write_step({"step": 1, "loss": math.inf, "alpha": 0.3}, rows_written)
     page = Page(build_report(tmp_path))
     assert page.numbers["not_on_plane"] == 2
-    assert page.data["frames"][0]["shown"] == 2
+    assert len(points(page)) == page.data["plane"]["frames"][0]["total"] == 2
 
 
 def test_older_and_later_versions(tmp_path):
@@ -342,7 +473,27 @@ def test_plane_of_a_scored_data_set(tmp_path, size, texts):
     assert page.numbers["samples_seen"] == size
     assert page.numbers["tokens_seen"] == (int(table.num_tokens.sum()) if size else None)
     assert page.numbers["samples_kept"] == int((table.role > 0).sum())
-    assert sum(len(array(t["x"])) for f in page.data["figures"]["plane"] for t in f["data"]) == size
+    assert len(points(page) if size else []) == len(page.data["samples"]["id"]) == size
+    assert page.data["samples"]["prompt"] == ["p<b>" if texts else None] * size
+
+
+def test_plane_of_a_scored_data_set_has_thresholds(tmp_path):
+    """`qtuning score` leaves its α in the file; what it filled up with shows as supplemented."""
+    sampled, alpha = synthetic_pool(np.random.default_rng(3), 200, 0.0)
+    names = ("ppl", "entropy", "num_tokens", "quadrant", "role")
+    table = pyarrow.table({"sample_id": range(200), **{name: sampled[name] for name in names}})
+    pyarrow.parquet.write_table(
+        table.replace_schema_metadata({"qtuning": json.dumps({"alpha": alpha})}), tmp_path / "plane.parquet"
+    )
+    page = Page(build_report(tmp_path / "plane.parquet"))
+    (frame,) = page.data["plane"]["frames"]
+    assert frame["alpha"] == alpha
+    assert frame["thresholds"] == {
+        f"{axis}_{end}": quantile(sampled[axis], gamma)
+        for axis in ("ppl", "entropy")
+        for end, gamma in (("low", alpha), ("high", 1 - alpha))
+    }
+    assert page.numbers["samples_supplemented"] == int(sampled["supplemented"].sum()) > 0
 
 
 def test_output_can_be_named(run, tmp_path):
@@ -377,7 +528,7 @@ def test_fifty_thousand_samples_fit(tmp_path):
     assert output.stat().st_size < 30e6
     page = Page(output)
     assert_numbers(page, folder)
-    assert page.data["frames"][0]["shown"] == page.data["frames"][0]["total"] == 50_000
+    assert len(points(page)) == page.data["plane"]["frames"][0]["total"] == 50_000
     limit = page.data["samples"]["limit"]
     assert f"Texts are cut at {limit} characters" in page.text
     assert {len(text) for text in page.data["samples"]["answer"]} == {limit}
@@ -394,10 +545,14 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+        report_to="none", use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2, eval_on_start=True,
+        save_strategy="no", remove_unused_columns=False,
     )  # fmt: skip
     config = QTuningConfig(sample_ratio=0.25, token_ratio=0.5)
-    QTuningTrainer(tiny_model(), arguments, train_dataset=tiny_samples(48), qtuning=config).train()
+    data = {"train_dataset": tiny_samples(48), "eval_dataset": tiny_samples(8)}
+    trainer = QTuningTrainer(tiny_model(), arguments, **data, qtuning=config)
+    trainer.train()
+    trainer.evaluate()  # after the record's files are closed
     return folder
 
 
@@ -409,8 +564,12 @@ def test_report_of_the_trainers_own_record(trained):
     assert page.numbers["samples_seen"] == 80
     assert page.numbers["samples_kept"] == 20
     assert "Not recorded" not in page.text
-    assert set(page.data["frames"][0]["thresholds"]) == {"ppl_low", "ppl_high", "entropy_low", "entropy_high"}
-    assert sum(len(array(trace["x"])) for trace in page.data["figures"]["plane"][0]["data"]) == 48
+    assert len(points(page)) == 48
+    evaluations = json.loads((trained / "record" / "run.json").read_text())["evaluations"]
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 5, 5]
+    assert all(row.keys() == {"step", "eval_loss"} for row in evaluations)
+    assert page.numbers["loss_eval_first"] == evaluations[0]["eval_loss"]
+    assert page.numbers["loss_eval_last"] == evaluations[-1]["eval_loss"]
 
 
 def test_command(run, tmp_path, capsys):

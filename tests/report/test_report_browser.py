@@ -14,6 +14,7 @@ from qtuning_kernels.run_record.writer import RunRecord
 from tests.synthetic_run import synthetic_run
 
 from .report_expected import rows
+from .report_page import Page, columns
 
 pytest.importorskip("plotly", reason="needs the report extra: plotly, jinja2")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -38,7 +39,7 @@ FIND_POINT = """() => {
   const pixel = (x, y) => [layout.xaxis.l2p(Math.log10(x)) + layout._size.l + box.left,
                            layout.yaxis.l2p(y) + layout._size.t + box.top];
   const points = plot._fullData.flatMap((trace) =>
-    Array.from(trace.x, (x, i) => ({ at: pixel(x, trace.y[i]), custom: Array.from(trace.customdata[i]) })));
+    Array.from(trace.x, (x, i) => ({ at: pixel(x, trace.y[i]), row: trace.customdata[i] })));
   const apart = (a, b) => Math.hypot(a.at[0] - b.at[0], a.at[1] - b.at[1]);
   const inside = (p) => p.at[0] > box.left + 100 && p.at[0] < box.right - 60 && p.at[1] > box.top + 60;
   return points.find((p) => inside(p) && points.every((q) => q === p || apart(p, q) > 12));
@@ -114,15 +115,48 @@ def test_hover_shows_the_text_of_the_sample(open_report, run):
     point = page.evaluate(FIND_POINT)
     page.mouse.move(*point["at"])
     page.locator("#hovered .prompt").wait_for()
-    sample, step, kept, total, _, _ = point["custom"]
+    drawn = Page(run / "report.html")
+    columns_of_plane = columns(drawn.data["plane"]["columns"])
+    step, number = (columns_of_plane[name][point["row"]] for name in ("step", "sample"))
+    sample = int(drawn.data["samples"]["id"][number])
     row = next(r for r in rows(run, "samples.jsonl") if (r["step"], r["id"]) == (step, sample))
     text = next(t for t in rows(run, "texts.jsonl") if t["id"] == sample)
     shown = page.locator("#hovered").inner_text()
+    kept, total = row["kept_tokens"], row["num_tokens"]
     assert text["prompt"] in shown
     assert text["answer"] in shown
     assert f"{kept} of {total} answer tokens kept" in shown
-    assert (kept, total) == (row["kept_tokens"], row["num_tokens"])
     page.locator(".hoverlayer .hovertext").first.wait_for()
+
+
+def test_nothing_of_a_hovered_point_is_left_in_another_frame(open_report, run):
+    page = open_report(run / "report.html")
+    page.locator("#chart-plane").scroll_into_view_if_needed()
+    page.mouse.move(*page.evaluate(FIND_POINT)["at"])
+    page.locator("#hovered .prompt").wait_for()
+    page.locator(".hoverlayer .hovertext").first.wait_for()
+    page.locator("#frame").focus()
+    page.keyboard.press("End")
+    page.wait_for_function("document.querySelectorAll('.hoverlayer .hovertext').length === 0")
+    assert page.locator("#hovered .prompt").count() == 0
+
+
+def test_a_supplement_says_why_it_was_kept(open_report, tmp_path):
+    """A sample of Q1 that is kept, alone in its step, hovered."""
+    with RunRecord(tmp_path / "record") as record:
+        sample = {"id": 7, "ppl": 3.0, "entropy": 2.0, "quadrant": 1, "role": 2, "keep": True, "supplemented": True}
+        other = {"id": 8, "ppl": 1.5, "entropy": 1.0, "quadrant": 3, "role": 0, "keep": False, "supplemented": False}
+        record.write_step({"step": 1}, [{"num_tokens": 5, "kept_tokens": 2} | row for row in (sample, other)])
+    page = open_report(build_report(tmp_path))
+    page.locator("#chart-plane").scroll_into_view_if_needed()
+    at = page.evaluate(
+        FIND_POINT.replace("points.find", "points.filter((p) => p.row === 0).find").replace("inside(p) &&", "")
+    )
+    page.mouse.move(*at["at"])
+    page.locator("#hovered", has_text="scored in step 1").wait_for()
+    shown = page.locator("#hovered").inner_text()
+    assert "Q1 harmful noise, kept" in shown
+    assert "Kept as a supplement, because Q2 and Q4 held too few of its pool; treated as Q2" in shown
 
 
 def test_tap_on_a_phone_shows_the_text(open_report, run):
@@ -146,8 +180,11 @@ def test_slider_moves_through_the_run(open_report, run, script):
     assert page.evaluate(COUNT_POINTS) == sum(row["step"] == 30 for row in samples)
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    assert label.inner_text() == "steps 1–2"
-    assert page.evaluate(COUNT_POINTS) == sum(row["step"] <= 2 for row in samples)
+    assert label.inner_text() == "step 1"
+    assert page.evaluate(COUNT_POINTS) == sum(row["step"] == 1 for row in samples)
+    page.wait_for_function("document.querySelectorAll('#chart-plane .shapelayer path').length === 4")
+    page.keyboard.press("Home")
+    page.wait_for_function("document.querySelectorAll('#chart-plane .shapelayer path').length === 0")
     page.locator("#play").click()
     page.wait_for_function("document.getElementById('frame').value > 2")
     page.locator("#play").click()
@@ -172,9 +209,94 @@ def test_search_finds_and_filters(open_report, run):
     )
     section.locator("input").fill("no such words")
     assert visible.count() == 0
-    history = page.locator("#history")
-    history.locator("input").fill("q")
-    assert history.locator("li:not([hidden])").count() > 0
+
+
+def test_all_that_was_never_kept_is_reached_by_pages_and_by_search(open_report, run):
+    page = open_report(run / "report.html")
+    kept = {row["id"]: False for row in rows(run, "samples.jsonl")}
+    for row in rows(run, "samples.jsonl"):
+        kept[row["id"]] |= row["keep"]
+    never = {ident for ident in kept if not kept[ident]}
+    section = page.locator("#samples")
+    section.locator("select[name=kept]").select_option("never")
+    seen, following = [], section.locator("#next")
+    while True:
+        seen += [int(meta.split(" ")[0]) for meta in section.locator("li .meta").all_text_contents()]
+        if following.is_disabled():
+            break
+        following.focus()
+        page.keyboard.press("Enter")
+    assert len(seen) == len(never) > 100
+    assert set(seen) == never
+    text = next(t for t in rows(run, "texts.jsonl") if t["id"] == seen[-1])
+    section.locator("input").fill(text["prompt"].upper())
+    assert section.locator("#found").inner_text() == "1–1 of 1 samples"
+    assert text["answer"] in section.locator("li").text_content()
+    section.locator("select[name=kept]").select_option("always")
+    assert section.locator("#found").inner_text() == "No sample."
+    section.locator("input").fill("")
+    section.locator("select[name=kept]").select_option("")
+    section.locator("select[name=tag]").select_option("wrong")
+    wrong = sum(t["tag"] == "wrong" for t in rows(run, "texts.jsonl"))
+    assert section.locator("#found").inner_text() == f"1–20 of {wrong} samples"
+
+
+def test_token_scores_are_read_by_keyboard_and_by_touch(open_report, run):
+    page = open_report(run / "report.html", viewport=PHONE, has_touch=True)
+    shown, answer = page.locator("#token"), page.locator("#tokens .answer").first
+    recorded = rows(run, "tokens.jsonl")[0]
+    answer.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    token = answer.locator(":scope > *").nth(1)
+    assert shown.inner_text() == f"“{token.inner_text().strip()}”: {token.get_attribute('title')}"
+    assert f"nll {recorded['nll'][1]:.3g} nats" in shown.inner_text()
+    answer.locator(":scope > *").nth(5).tap()
+    assert f"nll {recorded['nll'][5]:.3g} nats" in shown.inner_text()
+    assert page.locator(".chosen").count() == 1
+
+
+# of every text that is shown, the contrast with the colours that lie behind it, of which some are transparent
+CONTRASTS = """() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const over = (front, back) => {
+    const a = front.length > 3 ? front[3] : 1;
+    return [0, 1, 2].map((i) => a * front[i] + (1 - a) * back[i]);
+  };
+  const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const ground = (element) => {
+    if (!element) return [255, 255, 255];
+    const own = parse(getComputedStyle(element).backgroundColor);
+    return own.length > 3 && own[3] < 1 ? over(own, ground(element.parentElement)) : own;
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement;
+    if (!node.textContent.trim() || element.closest("script, style, noscript") || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const back = ground(element);
+    const text = over(parse(element.closest("svg") ? style.fill : style.color), back);
+    const [low, high] = [luminance(text), luminance(back)].sort((a, b) => a - b);
+    found.push([(high + 0.05) / (low + 0.05), element.outerHTML.slice(0, 120)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read(open_report, run, scheme):
+    """4.5 : 1 as it is computed in the page, in the charts too."""
+    page = open_report(run / "report.html", scheme=scheme)
+    for chart in page.locator(".chart").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator(".main-svg").first.wait_for()
+    found = page.evaluate(CONTRASTS)
+    assert len(found) > 1000
+    assert sum("<text" in what for _, what in found) > 50
+    assert [pair for pair in found if pair[0] < 4.5] == []
 
 
 def test_theme_can_be_switched(open_report, run):

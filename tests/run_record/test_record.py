@@ -265,10 +265,22 @@ def test_token_samples_are_bounded_spread_and_seeded(tmp_path, total_steps):
 def test_texts_are_truncated_and_say_so(tmp_path):
     write_texts(
         tmp_path,
-        [{"id": 1, "prompt": "abc", "answer": "x" * 9}, {"id": 2, "prompt": "", "answer": "y"}],
+        [{"id": 1, "prompt": "abc", "answer": "x" * 9}, {"id": 2, "prompt": "", "answer": "y", "tag": "wrong"}],
         limit=4,
     )
     assert [json.loads(line) for line in (tmp_path / "texts.jsonl").open()] == [
         {"id": 1, "prompt": "abc", "answer": "xxxx", "truncated": True},
-        {"id": 2, "prompt": "", "answer": "y", "truncated": False},
+        {"id": 2, "prompt": "", "answer": "y", "truncated": False, "tag": "wrong"},
     ]
+
+
+def test_evaluations_are_those_of_the_run_as_it_went_on(tmp_path):
+    """Each call brings all of them: a resumed run drops those behind its checkpoint, and older records have none."""
+    early, late, again = ({"step": step, "eval_loss": loss} for step, loss in ((0, 2.0), (4, 1.5), (4, 1.25)))
+    write_run(tmp_path / "record", steps=4).write_run(evaluations=[early, late])
+    record = write_run(tmp_path / "record", steps=2, resume_step=2)
+    record.close()
+    record.write_run(evaluations=[early, again])
+    assert read_record(tmp_path).run["evaluations"] == [early, again]
+    (tmp_path / "record" / "run.json").write_text('{"record_version": 1}')
+    assert read_record(tmp_path).run["evaluations"] == []

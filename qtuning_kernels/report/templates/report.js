@@ -28,7 +28,7 @@
   const ARRAYS = { f4: Float32Array, i1: Int8Array, i4: Int32Array };
   const decode = ({ bdata, dtype }) => new ARRAYS[dtype](Uint8Array.from(atob(bdata), (char) => char.charCodeAt(0)).buffer);
   const decodeAll = (columns) =>
-    Object.fromEntries(Object.entries(columns).map(([name, array]) => [name, array && array.bdata ? decode(array) : array]));
+    Object.fromEntries(Object.entries(columns).map(([name, array]) => [name, array?.dtype ? decode(array) : array]));
   const { frames, names } = data.plane;
   const rows = decodeAll(data.plane.columns);
   const samples = decodeAll(data.samples);
@@ -103,10 +103,7 @@
     byId("frame-note").textContent = parts.join(" ");
     byId("hovered").replaceChildren(line("quiet", "Point at a sample, or tap it, to see its text."));
     const layout = { ...layoutOf(data.figures.plane), shapes: Object.entries(frame.thresholds).map(border) };
-    return Plotly.react("chart-plane", groups.map((group) => trace(group, chosen)), layout, config).then((plot) => {
-      Plotly.Fx.unhover(plot); // of a point that has gone
-      return plot;
-    });
+    return Plotly.react("chart-plane", groups.map((group) => trace(group, chosen)), layout, config);
   };
 
   const line = (className, text) => {
