@@ -64,6 +64,8 @@ def test_train_leaves_a_model_a_record_and_a_summary(options, model, tmp_path, c
     for kind in KINDS:
         kept = sum(row["keep"] for row in rows if ROWS[row["id"]]["planted"] == kind)
         assert f"8 / {kept}" in table[kind]
+    texts = map(json.loads, (output / "record" / "texts.jsonl").open())
+    assert {row["id"]: row["tag"] for row in texts} == {i: row["planted"] for i, row in enumerate(ROWS)}
 
 
 def test_train_can_end_with_its_report(options, tmp_path, capsys):
@@ -168,6 +170,7 @@ def test_score_writes_the_plane(options, data, tmp_path, capsys):
     triage = triage_samples(torch.tensor(columns["ppl"]), torch.tensor(columns["entropy"]), 0.25)
     assert columns["quadrant"] == triage.quadrant.tolist()
     assert columns["role"] == triage.role.tolist()
+    assert json.loads(table.schema.metadata[b"qtuning"]) == {"alpha": float(triage.alpha), "tag_field": "planted"}
     assert "24 samples in" in capsys.readouterr().out
     assert [p.name for p in output.parent.iterdir()] == ["plane.parquet"]
 
