@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: train test test-slow test-oldest bench gpu hub-kernel docs-figures lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
-	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report --eval-share 0.05 $(ARGS)
 
 test: $(VENV)/installed lint
 	$(PYTEST) $(ARGS)

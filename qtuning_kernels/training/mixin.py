@@ -28,7 +28,7 @@ from qtuning_kernels.run_record.writer import RunRecord
 from qtuning_kernels.training.accounting import Totals
 from qtuning_kernels.training.checkpoints import latest_checkpoint
 from qtuning_kernels.training.planner import StepPlan, StepPlanner
-from qtuning_kernels.training.record_rows import sample_rows, step_row, token_rows
+from qtuning_kernels.training.record_rows import evaluation_rows, sample_rows, step_row, token_rows
 from qtuning_kernels.training.reference import ReferenceScores
 from qtuning_kernels.training.support import refuse_unsupported
 
@@ -262,10 +262,7 @@ class QTuningMixin(Host):
 
     def _record_evaluations(self) -> None:
         if self._record is not None:
-            history = [row for row in self.state.log_history if any(map(_is_loss, row))]
-            self._record.write_run(
-                evaluations=[{k: row[k] for k in row if k == "step" or _is_loss(k)} for row in history]
-            )
+            self._record.write_run(evaluations=evaluation_rows(self.state.log_history))
 
     def _end_step(self) -> None:
         """After the optimiser: the step's accounts and its record."""
@@ -321,11 +318,6 @@ def _batch(kept: list[Sample], pool: list[Sample], kind: BatchKind, policy: Poli
     if policy.weighted:
         kind = kind._replace(columns=(*kind.columns, "token_weight"), fill=kind.fill | {"token_weight": 0.0})
     return put_together(kept or [without_labels(pool)], kind)
-
-
-def _is_loss(key: str) -> bool:
-    """Whether a key of the log is the loss of an evaluation; of several sets, each has its name in it."""
-    return key.startswith("eval_") and key.endswith("_loss")
 
 
 def _metadata(path: Path) -> dict[str, str]:

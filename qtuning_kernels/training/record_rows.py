@@ -54,6 +54,12 @@ def step_row(plan: StepPlan) -> dict[str, Any]:
     }
 
 
+def evaluation_rows(log_history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """``step`` and losses of each evaluation; of several sets, each loss has its set's name in its own."""
+    losses = [{k: v for k, v in row.items() if k.startswith("eval_") and k.endswith("_loss")} for row in log_history]
+    return [{"step": row["step"]} | found for row, found in zip(log_history, losses, strict=True) if found]
+
+
 def token_rows(plan: StepPlan, chosen: Sequence[int], tokenizer: Any, config: QTuningConfig) -> list[dict[str, Any]]:
     """The tokens of the samples at the positions `chosen`: text, nll and neighbour score, kept or pruned."""
     if tokenizer is None or not plan.scores:
