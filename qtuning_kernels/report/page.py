@@ -149,7 +149,7 @@ def _run_context(record: Record, home: Path) -> dict[str, Any]:
         "notices": record.notices + _resumed(record.run) + _missing(record, policy),
         "numbers": numbers,
         "evaluated": [row["step"] for row in record.run["evaluations"] if "eval_loss" in row],
-        "loss_steps": min(LOSS_STEPS, len(record.steps)),
+        "loss_steps": min(LOSS_STEPS, len(record.steps) or LOSS_STEPS),
         "rolling": round(summary.window(len(curves)) * len(record.steps) / max(1, len(curves))),
         "tokens": token_list,
         "tokens_left": token_rest,
