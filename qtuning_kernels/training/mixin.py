@@ -255,14 +255,10 @@ class QTuningMixin(Host):
                     "qtuning": self.qtuning.as_record(),
                     "precision": asdict(planner.precision),
                     "training": self.args.to_sanitized_dict(),
-                }
+                },
+                evaluations=evaluation_rows(self.state.log_history),
             )
-            self._record_evaluations()
         return planner
-
-    def _record_evaluations(self) -> None:
-        if self._record is not None:
-            self._record.write_run(evaluations=evaluation_rows(self.state.log_history))
 
     def _end_step(self) -> None:
         """After the optimiser: the step's accounts and its record."""
@@ -350,4 +346,5 @@ class _Accounts(TrainerCallback):
         self.trainer._end_step()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.trainer._record_evaluations()
+        if (record := self.trainer._record) is not None:
+            record.write_run(evaluations=evaluation_rows(self.trainer.state.log_history))
