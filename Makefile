@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-slow test-oldest bench gpu hub-kernel docs-figures lint lint-csrc format sanitize clean
+.PHONY: train test test-slow test-oldest bench gpu hub-kernel docs docs-figures dist lint lint-csrc format sanitize clean
 
 train: $(VENV)/installed $(VENV)/fetched
 	HF_HUB_OFFLINE=1 $(BIN)/qtuning train --report --eval-share 0.05 $(ARGS)
@@ -46,9 +46,33 @@ gpu:
 hub-kernel:
 	@$(PYTHON) tools/hub_kernel/make.py
 
+# The site, in build/site; without a network.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo build/site/index.html
+
 # What the pages take from the rows of benchmarks/results.
 docs-figures: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu_pages
+
+# An sdist, a wheel made from it, and each tried in an environment of its own, which takes PyTorch and all else from
+# this one (a path file adds its packages, not what is installed to be edited). The kernels' tests run from the sdist.
+TRIED := build/dist
+PARENT = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+dist: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build
+	rm -rf dist $(TRIED)
+	$(BIN)/python -m build --no-isolation
+	for kind in .whl .tar.gz; do \
+	    python=$(TRIED)/$$kind/bin/python && $(PYTHON) -m venv $(TRIED)/$$kind && \
+	    echo $(PARENT) > $$($$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth && \
+	    $$python -m pip install --quiet --no-deps --no-build-isolation --ignore-installed dist/*$$kind && \
+	    $$python -P tests/try_installed.py || exit 1; \
+	done
+	tar -xf dist/*.tar.gz -C $(TRIED)
+	cd $(TRIED)/qtuning_kernels-*/ && ../.tar.gz/bin/python -P -m pytest -q --import-mode=append $(TRIED_TESTS)
+	cd $(TRIED)/qtuning_kernels-*/ && NO_MKDOCS_2_WARNING=1 ../.tar.gz/bin/python -m mkdocs build --quiet --strict
+TRIED_TESTS := tests/kernels/test_native.py tests/kernels/test_cuda_emulated.py tests/kernels/test_triton.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -69,7 +93,7 @@ $(VENV)/installed: pyproject.toml setup.py Makefile $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[lora,demo,report,test]' '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[lora,demo,report,docs,test]' '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON)'
 	touch $@
 

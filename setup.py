@@ -1,9 +1,9 @@
 """Package layout and the two extensions; everything declarative is in pyproject.toml.
 
 ``native`` is the C++ backend; ``cuda`` the CUDA C++ backend, which takes a PyTorch with CUDA, and nvcc. Each is left
-out, with the reason recorded for `qtuning info`, where it cannot be compiled. ``QTUNING_NATIVE=1`` and
-``QTUNING_CUDA=1`` make that an error instead, ``=0`` leaves the extension out on request. ``TORCH_CUDA_ARCH_LIST``
-says for which GPUs the CUDA kernels are compiled.
+out, with the reason recorded for `qtuning info`, where it cannot be compiled, as in an isolated build, which has no
+PyTorch. ``QTUNING_NATIVE=1`` and ``QTUNING_CUDA=1`` make that an error instead, ``=0`` leaves the extension out on
+request. ``TORCH_CUDA_ARCH_LIST`` says for which GPUs the CUDA kernels are compiled.
 """
 
 import json
@@ -12,13 +12,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-RECORDS = {name: Path(f"qtuning_kernels/{name}_build.json") for name in ("native", "cuda")}  # read by those modules
+RECORDS: dict[str, dict] = {"native": {}, "cuda": {}}  # what became of each, written as {name}_build.json
 WANTED = {name: os.environ.get(f"QTUNING_{name.upper()}", "") for name in RECORDS}
-# every folder of the package
-FOLDERS = sorted(path.parent.name for path in Path("qtuning_kernels").glob("*/__init__.py"))
 # Ampere, Ada, Hopper, Blackwell, and PTX for what comes after
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # toolkits that do not know Blackwell
@@ -32,7 +30,7 @@ def why_not(name: str) -> str | None:
     try:
         import torch.utils.cpp_extension
     except ImportError:
-        return "PyTorch was not there at build time (install with --no-build-isolation)"
+        return "PyTorch was not there at build time"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"there was no C++ compiler at build time ({compiler!r} not found)"
@@ -45,16 +43,11 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def record(name: str, reason: str | None) -> None:
-    """Note for `qtuning info` that the extension is built (no reason), or why it is not."""
-    torch_version = None
-    if reason is None:
-        import torch
-
-        torch_version = torch.__version__
-    else:
+def note(name: str, built: bool, torch_version: str | None, reason: str | None) -> None:
+    """What the build writes into the package for `qtuning info`: that the extension is built, or why it is not."""
+    RECORDS[name] = {"built": built, "torch": torch_version, "reason": reason}
+    if reason:
         print(f"the {name} extension is left out: {reason}", file=sys.stderr)
-    RECORDS[name].write_text(json.dumps({"built": reason is None, "torch": torch_version, "reason": reason}) + "\n")
 
 
 def native_extension():
@@ -89,20 +82,36 @@ def cuda_extension():
     )
 
 
-def extensions() -> dict:
-    """The extensions that can be tried, each compiled by itself so that one's failure leaves the other."""
-    makers = {"native": native_extension, "cuda": cuda_extension}
-    for name in RECORDS:
+class BuildPyLast(build_py):
+    """Writes the records of the build, which must be made first."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        super().run()
+        folder = Path("" if self.editable_mode else self.build_lib, "qtuning_kernels")
+        for name, record in RECORDS.items():
+            (folder / f"{name}_build.json").write_text(json.dumps(record) + "\n")
+
+
+def commands() -> dict:
+    """The extensions that can be tried, each compiled by itself so that one's failure leaves the other.
+
+    None of them is looked for, and so PyTorch not imported, where nothing is built (an sdist, the metadata).
+    """
+    modules: dict = {}
+    if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+        return {}
+    for name, make in {"native": native_extension, "cuda": cuda_extension}.items():
         if reason := why_not(name):
             if WANTED[name] == "1":
                 raise SystemExit(f"QTUNING_{name.upper()}=1, but the {name} extension cannot be built: {reason}")
-            record(name, reason)
-            del makers[name]
-    if not makers:
-        return {}
+            note(name, False, None, reason)
+        else:
+            modules[name] = make()
+    if not modules:
+        return {"cmdclass": {"build_py": BuildPyLast}}
+    import torch
     from torch.utils.cpp_extension import BuildExtension
-
-    modules = {name: maker() for name, maker in makers.items()}
 
     class Build(BuildExtension):
         def run(self) -> None:
@@ -111,37 +120,23 @@ def extensions() -> dict:
                 self.extensions = [module]
                 try:
                     super().run()
-                    record(name, None)
+                    note(name, True, torch.__version__, None)
                     built.append(module)
                 except Exception as error:
                     if WANTED[name] == "1":
                         raise
-                    record(name, f"its compilation failed: {str(error).splitlines()[0]}")
+                    note(name, False, None, f"its compilation failed: {str(error).splitlines()[0]}")
                     print(error, file=sys.stderr)
             self.extensions = built
 
     return {"ext_modules": list(modules.values()), "cmdclass": {"build_ext": Build, "build_py": BuildPyLast}}
 
 
-class BuildPyLast(build_py):
-    """Copies the records of the build, which must be made first."""
-
-    def run(self) -> None:
-        self.run_command("build_ext")
-        super().run()
-
-
 setup(
-    packages=[
-        "qtuning_kernels",
-        *(f"qtuning_kernels.{folder}" for folder in FOLDERS),
-        "qtuning_kernels.triton_kernels",
-    ],
+    packages=[*find_packages(include=["qtuning_kernels*"]), "qtuning_kernels.triton_kernels"],
     # another distribution owns the import name `triton_kernels`, so the folder installs inside the package
     package_dir={"qtuning_kernels.triton_kernels": "triton_kernels"},
-    package_data={
-        "qtuning_kernels": ["py.typed", *(path.name for path in RECORDS.values())],
-        "qtuning_kernels.report": ["templates/*"],
-    },
-    **extensions(),
+    include_package_data=False,
+    package_data={"qtuning_kernels": ["py.typed"], "qtuning_kernels.report": ["templates/*"]},
+    **commands(),
 )

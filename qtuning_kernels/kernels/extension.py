@@ -9,7 +9,7 @@ import torch
 
 from qtuning_kernels.kernels.contract import BackendUnavailableError
 
-_INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps qtuning-kernels"
+_INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def load_extension(module: str, record: str, needs: str) -> None:
@@ -25,7 +25,7 @@ def load_extension(module: str, record: str, needs: str) -> None:
     """
     path = Path(__file__).parents[1] / record
     build: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"built": False, "reason": None}
-    how = f"install again with {needs}: {_INSTALL}"
+    how = f"with {needs} there, type in the folder of the sources: {_INSTALL}"
     if not build["built"]:
         reason = build["reason"] or "it was never compiled"
         raise BackendUnavailableError(f"the extension qtuning_kernels.{module} was left out: {reason}; {how}")

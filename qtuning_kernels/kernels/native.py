@@ -5,7 +5,7 @@ import torch
 from qtuning_kernels.kernels.contract import RowOperators
 from qtuning_kernels.kernels.extension import load_extension
 
-load_extension("_C", "native_build.json", "a C++ compiler")
+load_extension("_C", "native_build.json", "PyTorch and a C++ compiler")
 _registered = RowOperators("qtuning_native")
 token_stats = _registered.token_stats
 token_stats_backward = _registered.token_stats_backward

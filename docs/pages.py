@@ -1,0 +1,17 @@
+"""A hook of mkdocs: which files the site has, each under its path in the repository."""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PATTERNS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/*.png", "benchmarks/results/*.png")
+LINKED = ("examples/*.py", "examples/*.yaml", "LICENSE")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The theme's files, and those of the repository in the place of what mkdocs found in `docs`."""
+    paths = sorted(path for pattern in (*PATTERNS, *LINKED) for path in ROOT.glob(pattern))
+    here = [File(str(p.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls) for p in paths]
+    return Files([*(file for file in files if file.src_dir != config.docs_dir), *here])
