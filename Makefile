@@ -48,8 +48,7 @@ hub-kernel:
 
 # The site, in build/site; without a network.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
-	@echo build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # What the pages take from the rows of benchmarks/results.
 docs-figures: $(VENV)/installed
@@ -71,7 +70,7 @@ dist: $(VENV)/installed
 	done
 	tar -xf dist/*.tar.gz -C $(TRIED)
 	cd $(TRIED)/qtuning_kernels-*/ && ../.tar.gz/bin/python -P -m pytest -q --import-mode=append $(TRIED_TESTS)
-	cd $(TRIED)/qtuning_kernels-*/ && NO_MKDOCS_2_WARNING=1 ../.tar.gz/bin/python -m mkdocs build --quiet --strict
+	cd $(TRIED)/qtuning_kernels-*/ && NO_MKDOCS_2_WARNING=1 ../.tar.gz/bin/python -m mkdocs build --strict
 TRIED_TESTS := tests/kernels/test_native.py tests/kernels/test_cuda_emulated.py tests/kernels/test_triton.py
 
 lint: $(VENV)/installed

@@ -7,7 +7,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/*.png", "benchmarks/results/*.png")
-LINKED = ("examples/*.py", "examples/*.yaml", "LICENSE")
+LINKED = ("examples/*.py", "examples/*.yaml", "tests/pruning/test_triage.py", "tests/pruning/authors_numbers.json")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""What is packed: the sdist has all that git has, and a build without PyTorch makes a package that says what to type."""
+"""What is packed: the sdist has all that git has; a build without PyTorch makes a package that says what to type."""
 
 import os
 import shutil
