@@ -1,0 +1,53 @@
+"""`qtuning eval`: the accuracy of a model on tasks of lm-evaluation-harness."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from qtuning_kernels.commands import options
+from qtuning_kernels.commands.inputs import load_model, load_tokenizer, model_source
+from qtuning_kernels.commands.terminal import quiet_libraries
+from qtuning_kernels.files import refuse_overwrite, require, write_atomic
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure accuracy on tasks of lm-evaluation-harness",
+        description="Evaluate a model on tasks of lm-evaluation-harness (the extra eval), from YAML files of theirs. "
+        "Nothing is fetched where a file names local data, by paths from the current folder.",
+        epilog="example: qtuning eval runs/mine/final --tasks sums.yaml --output accuracy.json",
+    )
+    parser.add_argument("model", nargs="?", metavar="[MODEL]", help="folder, or name on the hub; or the embedded one")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="YAML files of tasks")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write as well")
+    parser.add_argument("--batch-size", type=options.above(0), default=8, metavar="N", help="requests (default: 8)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    require("qtuning eval", "eval", "lm_eval")
+    source = model_source(arguments)
+    for task in arguments.tasks:
+        if not Path(task).is_file():
+            raise FileNotFoundError(f"--tasks {task}: no such file")
+    if arguments.output is not None:
+        refuse_overwrite(arguments.output, [source, *arguments.tasks])
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    quiet_libraries()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tokenizer, model = load_tokenizer(source), load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    tasks = TaskManager(include_defaults=False)
+    found = simple_evaluate(model=lm, tasks=arguments.tasks, task_manager=tasks, log_samples=False)
+    print(make_table(found))
+    if arguments.output is not None:
+        with write_atomic(arguments.output) as temporary:
+            kept = {"model": source} | {name: found[name] for name in ("results", "n-samples", "configs")}
+            temporary.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")

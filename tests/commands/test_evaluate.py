@@ -1,0 +1,69 @@
+"""`qtuning eval`: tasks of lm-evaluation-harness from files, on a tiny model."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtuning_kernels.commands import cli
+
+TASK = Path(__file__).parents[2] / "examples" / "sums.yaml"
+
+
+def sums(count):
+    choices = [[str(i + 1 + shift) for shift in (-1, 0, 2, 10)] for i in range(count)]
+    return [{"question": f"What is {i} + 1?", "choices": each, "answer": i % 4} for i, each in enumerate(choices)]
+
+
+def accuracy(model, rows):
+    """How often the choice of the highest log-probability is the right one, without the harness."""
+    causal, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    right = 0
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:
+            prompt = tokenizer(row["question"]).input_ids
+            ids = torch.tensor([tokenizer(f"{row['question']} {choice}").input_ids])
+            with torch.no_grad():
+                logp = causal(ids).logits[0, :-1].double().log_softmax(-1)
+            scores.append(logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
+        right += scores.index(max(scores)) == row["answer"]
+    return right / len(rows)
+
+
+def test_accuracy_of_a_local_task(model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="needs the eval extra: lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    rows = sums(24)
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(TASK, "task.yaml")
+    assert cli.main(["eval", str(model), "--tasks", "task.yaml", "--output", "found.json"]) == 0
+    expected = accuracy(model, rows)
+    assert 0 < expected < 1
+    shown = capsys.readouterr().out
+    assert f" {expected:.4f}".rstrip("0") in shown
+    assert "Stderr" in shown
+    found = json.loads(Path("found.json").read_text())
+    assert found["model"] == str(model)
+    assert found["results"]["sums"]["acc,none"] == pytest.approx(expected)
+    stderr = math.sqrt(expected * (1 - expected) / (len(rows) - 1))
+    assert found["results"]["sums"]["acc_stderr,none"] == pytest.approx(stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "none.yaml"], "--tasks none.yaml: no such file"),
+        (["--tasks", "bad.yaml", "--output", "bad.yaml"], "output 'bad.yaml' is a file of the input 'bad.yaml'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(arguments, message, model, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="needs the eval extra: lm_eval")
+    monkeypatch.setattr("qtuning_kernels.commands.evaluate.load_model", lambda *_: pytest.fail("loaded"))
+    Path("bad.yaml").write_text("a: 1\n")
+    assert cli.main(["eval", str(model), *arguments]) == 1
+    assert message in capsys.readouterr().err
