@@ -47,7 +47,7 @@ class QTuningConfig:
     The defaults are the paper's smallest budget, 12.5 % of the samples and 50 % of the tokens.
 
     Args:
-        policy: what decides, by name (``qtuning policies`` lists them), as ``module:object``, or a `Policy`.
+        policy: what decides: a name of ``qtuning policies``, ``module:object``, or a `Policy`.
         policy_options: its options that are no settings of this class, by name.
         sample_ratio: share of a selection pool that is kept, in (0, 1] (decision a).
         token_ratio: share of the tokens of a kept Q2 sample that is trained on, in (0, 1] (decision e).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,4 +62,5 @@ def require(what: str, extra: str, *modules: str) -> None:
     """Raise ModuleNotFoundError, with what to type, unless the modules of an extra are installed."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"{what} needs {name}: pip install 'qtuning-kernels[{extra}]'", name=name)
+            command = f"{sys.executable} -m pip install 'qtuning-kernels[{extra}]'"
+            raise ModuleNotFoundError(f"{what} needs {name}: {command}", name=name)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtuning_kernels.commands.inputs import load_model
+from qtuning_kernels.files import share
 from qtuning_kernels.models.collectives import gather
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
@@ -105,8 +107,10 @@ def _release() -> None:
         os.close(file)
 
 
-def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:
+def save_final(trainer: Any, tokenizer: Any, output: Path, *, base: str | None = None) -> Path:
     """Write model and tokenizer to ``<output>/final``, whole or not at all; called by every process.
+
+    Adapters are merged into `base`, if that is given.
 
     Raises:
         FloatingPointError: a weight is not finite.
@@ -118,12 +122,26 @@ def save_final(trainer: Any, tokenizer: Any, output: Path) -> Path:
     gather(None)  # nobody saves before that
     trainer.save_model(str(temporary))
     if writes:
+        if base is not None:
+            _merge(base, temporary)
         _refuse_not_finite(temporary)
         tokenizer.save_pretrained(str(temporary))
         if final.exists():  # of a run that goes on
             shutil.rmtree(final)
         temporary.rename(final)
     return final
+
+
+def _merge(base: str, folder: Path) -> None:
+    """The plain model in place of the adapters: read back, since the trained model may lie in parts."""
+    from peft import PeftModel
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # under which loading takes every process
+    merged: Any = PeftModel.from_pretrained(load_model(base), str(folder)).merge_and_unload()
+    shutil.rmtree(folder)
+    merged.save_pretrained(str(folder))
+    share(folder)
 
 
 def _refuse_not_finite(folder: Path) -> None:

@@ -3,21 +3,23 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qtuning_kernels.commands import fetch, info, options, policies, report, score, select, train
+from qtuning_kernels.commands import evaluate, fetch, info, options, policies, report, score, select, train
 from qtuning_kernels.models.collectives import world_size
 
 # one module per command: `add_parser(subparsers)` declares it, `run(arguments)` performs it
-COMMANDS = (train, report, score, select, policies, fetch, info)
-_DEBUG = "--debug"
+COMMANDS = (train, evaluate, report, score, select, policies, fetch, info)
+_TRACEBACK = "--traceback"
 _SECONDS_BEHIND_THE_FIRST = 60
 # what torch.save and safetensors say of a full disk
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
@@ -38,33 +40,39 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
+        given = (str(action.metavar) for action in subparser._get_positional_actions())
+        subparser.usage = " ".join([f"{subparser.prog} [options]", *given])
+        subparser.formatter_class = partial(argparse.HelpFormatter, max_help_position=30)  # of 80 columns
         subparser.set_defaults(run=command.run)
-        subparser.add_argument(_DEBUG, action="store_true", dest="traceback", help="show the traceback of an error")
+        subparser.add_argument(_TRACEBACK, action="store_true", help="show the traceback of an error")
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`; what the command line leaves out is taken from the ``--config`` file, or from the options
     of the run that is resumed.
 
     Raises:
         UsageError: the file cannot be read, or holds a name or value that the command does not have.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), text) for text in argv]  # as fields are spelt
     parser = build_parser()
-    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):  # whose import takes seconds
-        options.add_training_arguments(_subparser(parser, "train"), shown="--help-all" in argv)
+    if {"-h", "--help"} & set(argv):
+        for subparser in _subparsers(parser).values():
+            options.shorten(subparser)
+    elif argv[:1] == ["train"]:  # whose import takes seconds
+        options.add_training_arguments(_subparsers(parser)["train"], shown="--help-all" in argv)
     arguments = parser.parse_args(argv)
     config = _config_file(arguments)
     if config is None:
         return arguments
-    subparser = _subparser(parser, arguments.command)
+    subparser = _subparsers(parser)[arguments.command]
     subparser.set_defaults(**_config_values(config, subparser))
     return parser.parse_args(argv)
 
 
-def _subparser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
-    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 def _config_file(arguments: argparse.Namespace) -> Path | None:
@@ -88,6 +96,8 @@ def _config_values(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any
         if option is None:
             names = ", ".join(sorted(text for text, option in accepted.items() if option.help != argparse.SUPPRESS))
             raise UsageError(f"{path}: unknown key {name!r}; accepted: {names}")
+        if option.dest in values:
+            raise UsageError(f"{path}: {name} is a second value of --{option.dest.replace('_', '-')}; accepted: one")
         if value is not None:
             values[option.dest] = _config_value(path, name, value, option)
     return values
@@ -95,15 +105,14 @@ def _config_values(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any
 
 def _config_value(path: Path, name: str, value: Any, option: argparse.Action) -> Any:
     """`value` as the command line would have it."""
-    if option.nargs == 0:
-        if not isinstance(value, bool):
-            raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
+    structured = isinstance(value, bool | list | dict)
+    if option.nargs == 0 and not isinstance(value, bool):
+        raise UsageError(f"{path}: {name} is {value!r}; accepted: true, false")
+    if option.nargs == 0 or value is option.const is True or (structured and option.type in options.STRUCTURED):
         return value
-    if option.default == argparse.SUPPRESS and (isinstance(value, list | dict) or value is option.const is True):
-        return value  # a field of TrainingArguments
-    if isinstance(value, dict) and option.type is json.loads:
-        return value
-    if isinstance(value, (bool, list, dict)):
+    if option.nargs == "+":
+        return [str(each) for each in (value if isinstance(value, list) else [value])]
+    if structured:
         raise UsageError(f"{path}: {name} is {value!r}; accepted: one text or number")
     try:  # through text, because YAML reads 1e-4 as text
         converted = option.type(str(value)) if callable(option.type) else str(value)
@@ -157,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after success, 1 after a failure, whose cause is one line on stderr (and a traceback with
-        ``--debug``). Wrong usage exits with 2, as argparse does.
+        ``--traceback``). Wrong usage exits with 2, as argparse does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -173,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         _let_the_first_speak()
-        if _DEBUG in argv:
+        if _TRACEBACK in argv:
             traceback.print_exc()
         cause = " ".join(str(error).split()) or type(error).__name__
         if any(sign in cause for sign in _DISK_FULL):

@@ -14,9 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "hashes and convert them. Does nothing where they are already there; afterwards no command needs "
         "the network.",
     )
-    parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="default: $QTUNING_CACHE, or ~/.cache/qtuning-kernels"
-    )
+    text = "default: $QTUNING_CACHE, or ~/.cache/qtuning-kernels"
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help=text)
     return parser
 
 

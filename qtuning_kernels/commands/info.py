@@ -4,6 +4,7 @@ import argparse
 import os
 import warnings
 
+from qtuning_kernels.commands.terminal import program
 from qtuning_kernels.demo import assets
 from qtuning_kernels.kernels import dispatch
 from qtuning_kernels.run_record.writer import DISTRIBUTIONS, installed_versions
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  {'float32 by':<16} {times.matmul()}: the faster of those as exact as float32")
     print("embedded")
     for asset in (assets.MODEL, assets.DATA):
-        folder = assets.asset_folder(asset) if assets.is_fetched(asset) else "not fetched; run: qtuning fetch"
+        folder = assets.asset_folder(asset) if assets.is_fetched(asset) else f"not fetched; run: {program()} fetch"
         print(f"  {asset.name:<22} {folder}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_kernels.commands.terminal import log, quiet_libraries
+from qtuning_kernels.commands.terminal import log, program, quiet_libraries
 from qtuning_kernels.data.sources import first_line, reads_as_path
 from qtuning_kernels.demo import assets
 from qtuning_kernels.files import refuse_overwrite
@@ -66,7 +66,7 @@ def load_inputs(arguments: argparse.Namespace, console: Any, *, output: Path | N
     shape = detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)
     tag_field, tags = _tags(arguments.tag_field, records)
     log(console, report)
-    model = load_model(source)
+    model = load_model(source, arguments.attn_implementation)
     _check_vocabulary(samples, model)
     return Inputs(model, tokenizer, records, samples, shape, tag_field, tags)
 
@@ -79,7 +79,7 @@ def model_source(arguments: argparse.Namespace) -> str:
     """
     if arguments.model is None:
         if not assets.is_fetched(assets.MODEL):
-            raise FileNotFoundError("the embedded model is not fetched yet; run: qtuning fetch (or give --model)")
+            raise FileNotFoundError(f"the embedded model is not fetched yet; run: {program()} fetch (or give --model)")
         return str(assets.asset_folder(assets.MODEL))
     path = Path(arguments.model).expanduser()
     if path.is_dir():
@@ -107,7 +107,7 @@ def data_source(arguments: argparse.Namespace) -> tuple[str, str | None, str | N
     if split not in (None, *_EMBEDDED_SPLITS):
         raise ValueError(f"--data-split {split!r}: the embedded data has {', '.join(_EMBEDDED_SPLITS)}")
     if not assets.is_fetched(assets.DATA):
-        raise FileNotFoundError("the embedded data is not fetched yet; run: qtuning fetch (or give --data)")
+        raise FileNotFoundError(f"the embedded data is not fetched yet; run: {program()} fetch (or give --data)")
     file = assets.asset_folder(assets.DATA) / f"{split or 'train'}.jsonl"
     return str(file), arguments.prompt_field or "question", arguments.completion_field or "answer"
 
@@ -132,8 +132,8 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_model(source: str) -> Any:
-    """The model with float32 weights.
+def load_model(source: str, attn_implementation: str | None = None) -> Any:
+    """The model with float32 weights, and the attention of this name or its own.
 
     Raises:
         ValueError: it cannot be loaded, or weights are missing.
@@ -142,7 +142,10 @@ def load_model(source: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        given = {"attn_implementation": attn_implementation} if attn_implementation else {}  # None is a choice, too
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **given
+        )
     except Exception as error:  # whatever a model's own code, its files or the network raise
         raise ValueError(f"model {source!r}: cannot be loaded: {first_line(error)}") from error
     model, loaded = result
@@ -190,14 +193,9 @@ def load_data(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, 
 
     data, prompt_field, completion_field = data_source(arguments)
     records = read_records(data, split=arguments.data_split or "train", config=arguments.data_config)
-    samples, report = tokenize_records(
-        records,
-        tokenizer,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        cutoff=arguments.cutoff,
-        skip_unusable=arguments.skip_unusable,
-    )
+    fields: dict[str, Any] = {"prompt_field": prompt_field, "completion_field": completion_field}
+    limits = {"cutoff": arguments.cutoff, "skip_unusable": arguments.skip_unusable}
+    samples, report = tokenize_records(records, tokenizer, **fields, **limits)
     return records, samples, report
 
 

@@ -12,15 +12,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "HTML page that needs no network; its charts can be saved as SVG files.",
         epilog="example: qtuning report runs/mine",
     )
-    parser.add_argument(
-        "source", type=Path, metavar="RUN", help="output folder of a run, or a Parquet file of qtuning score"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the page to write (default: report.html in the run's folder, or beside the Parquet file)",
-    )
+    text = "the page to write (default: report.html in the run's folder, or beside the Parquet file)"
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or a Parquet file of qtuning score")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=text)
     return parser
 
 

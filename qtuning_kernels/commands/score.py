@@ -25,9 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     options.add_config(parser)
     options.add_model_and_data(parser, positional=True)
-    parser.add_argument(
-        "--output", type=Path, default=Path("plane.parquet"), metavar="FILE", help="default: plane.parquet"
-    )
+    default = "plane.parquet"
+    parser.add_argument("--output", type=Path, default=Path(default), metavar="FILE", help=f"default: {default}")
     group = parser.add_argument_group("selection and computation")
     options.add_settings(group, ("sample_ratio", "triage_method", *options.SCORING))
     return parser

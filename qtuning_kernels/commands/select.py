@@ -27,17 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     options.add_config(parser)
     options.add_model_and_data(parser, positional=True)
-    parser.add_argument(
-        "--output", type=Path, default=Path("selected.jsonl"), metavar="FILE", help="default: selected.jsonl"
-    )
-    parser.add_argument(
-        "--write",
-        choices=FORMS,
-        default="records",
-        help="records: the kept records as they are, no token pruned (default); text: the same, but the "
-        "answers lose the text of their pruned tokens; tokens: input_ids and labels, with "
-        "--token-mode applied",
-    )
+    default = "selected.jsonl"
+    parser.add_argument("--output", type=Path, default=Path(default), metavar="FILE", help=f"default: {default}")
+    text = "records: the kept records as they are, no token pruned (default); text: answers without the text of their "
+    text += "pruned tokens; tokens: input_ids and labels, with --token-mode applied"
+    parser.add_argument("--write", choices=FORMS, default="records", help=text)
     group = parser.add_argument_group("selection and computation")
     options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING, *options.SCORING))
     options.add_reference(group)

@@ -1,5 +1,7 @@
 """What commands print: lines as they are, and tables of samples by quadrant."""
 
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +12,11 @@ from qtuning_kernels.run_record.schema import QUADRANT_LABELS, QUADRANTS
 def log(console: Any, text: object) -> None:
     """Print text as it is: neither marked up nor wrapped, so that a path in it can be copied."""
     console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def program() -> str:
+    """This command line as it can be typed again, also where its folder is not on the path."""
+    return "qtuning" if shutil.which("qtuning") else f"{sys.executable} -m qtuning_kernels"
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 from qtuning_kernels.commands import checkpoints, options
 from qtuning_kernels.commands.checkpoints import OPTIONS_FILE, SUMMARY_FILE
-from qtuning_kernels.commands.inputs import held_out, load_inputs, load_reference
-from qtuning_kernels.commands.terminal import log, quadrant_table
+from qtuning_kernels.commands.inputs import held_out, load_inputs, load_reference, model_source
+from qtuning_kernels.commands.terminal import log, program, quadrant_table
 from qtuning_kernels.files import require, write_atomic
 from qtuning_kernels.models.collectives import agreed, gather
 from qtuning_kernels.run_record.schema import LOSS_STEPS, QUADRANT_LABELS
@@ -23,19 +24,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "train",
         help="fine-tune a model",
-        description="Fine-tune a model. Every step scores a pool of samples with the model as it then is, "
-        "keeps the samples that teach (quadrants 2 and 4 of the Error-Uncertainty plane), prunes the tokens "
-        "of those in quadrant 2, and trains on the rest.",
-        epilog="example: qtuning train --model HuggingFaceTB/SmolLM2-135M-Instruct --data my.jsonl "
-        "--prompt-field question --completion-field answer --output runs/mine",
+        description="Fine-tune a model on the samples and tokens that teach. Every field of QTuningConfig and "
+        "transformers.TrainingArguments is an option (--help-all).",
+        epilog="example: qtuning train --data my.jsonl --output runs/mine",
     )
-    text = "show this, and all other fields of transformers.TrainingArguments, which are options by their own names"
-    parser.add_argument("--help-all", action="help", help=text)
     options.add_config(parser)
-    options.add_model_and_data(parser)
-    group = parser.add_argument_group("evaluation", "before the first step, with every checkpoint, and after the last.")
-    group.add_argument("--eval-data", metavar="PATH|NAME", help="data to evaluate on, read as --data is")
-    text = "share of the data that is evaluated on instead of trained on, in [0, 1) (default: 0)"
+    positive, text = options.above(0, float), "also log to what transformers knows: tensorboard, … (default: none)"
+    parser.add_argument(
+        "--output", "--output-dir", type=Path, metavar="FOLDER", help="new or empty (default: in runs/)"
+    )
+    parser.add_argument(
+        "--save-steps", type=positive, default=50, metavar="N", help="between checkpoints (default: 50)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output as it was")
+    options.add_settings(parser, ("record", "record_tokens"))
+    parser.add_argument("--report-to", type=options.text_or_json, default="none", metavar="NAME", help=text)
+    parser.add_argument("--report", action="store_true", help="end with qtuning report, which draws the run")
+    group = options.add_model_and_data(parser)
+    group.add_argument("--eval-data", metavar="PATH|NAME", help="evaluated on before, at checkpoints, and after")
+    text = "share of --data to hold out instead (default: 0)"
     group.add_argument("--eval-share", type=float, default=0.0, metavar="X", help=text)
 
     group = parser.add_argument_group("pruning")
@@ -44,35 +51,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
-    count = partial(group.add_argument, type=options.above(0), metavar="N")
-    text = "samples in a selection pool, per process, of which the sample ratio is trained on (default: 16)"
-    count("--batch-size", "--per-device-train-batch-size", default=16, help=text)
-    text = "pools per optimiser step (default: 1)"
+    count, text = partial(group.add_argument, type=options.above(0), metavar="N"), "pools per step (default: 1)"
+    count("--batch-size", "--per-device-train-batch-size", default=16, help="of a pool, per process (default: 16)")
     count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=text)
-    text = "passes over the data (default: 1)"
-    count("--epochs", "--num-train-epochs", type=options.above(0, float), default=1.0, help=text)
+    count("--epochs", "--num-train-epochs", type=positive, default=1.0, help="passes over the data (default: 1)")
     count("--max-steps", help="optimiser steps; wins over --epochs")
-    text = f"highest rate of the schedule (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})"
-    count("--learning-rate", type=options.above(0, float), metavar="LR", help=text)
-    text = "train adapters of this rank instead of all weights (default: 0, full fine-tuning)"
-    count("--lora-rank", type=options.above(-1), default=0, help=text)
+    text = f"highest rate (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})"
+    count("--learning-rate", type=positive, metavar="LR", help=text)
+    count("--lora-rank", type=options.above(-1), default=0, help="of adapters (default: 0, all weights)")
+    count("--lora-target", type=options.text_or_json, metavar="A,B", help="layers with one (default: all-linear)")
+    group.add_argument("--merge", action="store_true", help="add them into the final model's weights")
     count("--seed", type=int, default=42, help="of everything random (default: 42)")
-
-    group = parser.add_argument_group("computation")
-    group.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; weights stay float32")
+    group.add_argument("--bf16", action="store_true", help="under bfloat16 autocast; weights stay float32")
+    text = "less memory, more time"
+    group.add_argument("--gradient-checkpointing", action=options.FLAG, default=argparse.SUPPRESS, help=text)
     options.add_settings(group, ("micro_batch_tokens", *options.SCORING))
-
-    group = parser.add_argument_group("output")
-    text = "new or empty folder (default: runs/ and the time)"
-    group.add_argument("--output", "--output-dir", type=Path, metavar="FOLDER", help=text)
-    text = "steps between two checkpoints, of which the last two are kept (default: 50)"
-    group.add_argument("--save-steps", type=options.above(0), default=50, metavar="N", help=text)
-    text = "go on from the newest checkpoint in --output, with that run's options, to the same result"
-    group.add_argument("--resume", action="store_true", help=text)
-    options.add_settings(group, ("record", "record_tokens"))
-    text = "also log to a tracker that transformers knows: tensorboard, wandb, … (default: none)"
-    group.add_argument("--report-to", default="none", metavar="NAME", help=text)
-    group.add_argument("--report", action="store_true", help="end with qtuning report, which draws the finished run")
     return parser
 
 
@@ -100,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         inputs = load_inputs(arguments, console)
         evaluated = held_out(arguments, inputs, console)
         if arguments.lora_rank:
-            inputs.model = _with_lora(inputs.model, arguments.lora_rank, arguments.seed)
+            inputs.model = _with_lora(inputs.model, arguments)
         if arguments.resume:
             log(console, f"resuming from {checkpoint or 'the beginning: no checkpoint was written'}")
         trainer = _trainer(training, inputs, evaluated, qtuning, load_reference(arguments))
@@ -127,7 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         panel.close()
     seconds = time.perf_counter() - started
-    final = checkpoints.save_final(trainer, inputs.tokenizer, output)
+    base = model_source(arguments) if arguments.merge else None
+    final = checkpoints.save_final(trainer, inputs.tokenizer, output, base=base)
     trainer.accelerator.end_training()  # the last that the processes do together
     if not first:
         return
@@ -143,13 +137,15 @@ def _draw(arguments: argparse.Namespace, output: Path, console: Any) -> None:
 
         log(console, f"report in {build_report(output)}")
     elif arguments.record:
-        log(console, f"draw the run with: qtuning report {output}")
+        log(console, f"draw the run with: {program()} report {shlex.quote(str(output))}")
 
 
 def _refuse_early(arguments: argparse.Namespace) -> None:
     """What would otherwise fail only after work was done."""
     if arguments.lora_rank:
         require("--lora-rank", "lora", "peft")
+    elif arguments.merge or arguments.lora_target:
+        raise ValueError("--merge and --lora-target are of adapters; accepted: with --lora-rank")
     if arguments.report:
         from qtuning_kernels.report import NEEDED
 
@@ -176,29 +172,22 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name not in passing}
 
 
-def _with_lora(model: Any, rank: int, seed: int) -> Any:
+def _with_lora(model: Any, arguments: argparse.Namespace) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    set_seed(seed)  # the adapters start at random
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    set_seed(arguments.seed)  # the adapters start at random
+    rank, names = arguments.lora_rank, arguments.lora_target or "all-linear"
+    if isinstance(names, str) and names != "all-linear":
+        names = names.split(",")  # which of a single text PEFT takes for a pattern of the whole path
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM"))
 
 
 def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    defaults: dict[str, Any] = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "save_strategy": "steps",
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,  # sample_id is no argument of the model
-    }
+    defaults = options.DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()}
     if arguments.eval_data is not None or arguments.eval_share:
         defaults |= {"eval_strategy": "steps", "eval_steps": arguments.save_steps, "eval_on_start": True}
     renamed = {
@@ -224,15 +213,8 @@ def _trainer(training: Any, inputs: Any, evaluated: Any, qtuning: Any, reference
 
     from qtuning_kernels import QTuningTrainer
 
-    trainer = QTuningTrainer(
-        model=inputs.model,
-        args=training,
-        train_dataset=inputs.samples,
-        eval_dataset=evaluated,
-        processing_class=inputs.tokenizer,
-        qtuning=qtuning,
-        **reference,
-    )
+    data = {"train_dataset": inputs.samples, "eval_dataset": evaluated, "processing_class": inputs.tokenizer}
+    trainer = QTuningTrainer(model=inputs.model, args=training, qtuning=qtuning, **data, **reference)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -23,11 +23,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
         ImportError: the package ``gguf`` is not installed.
         ValueError: the file holds another architecture or tokenizer, or lacks a tensor.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ImportError("reading GGUF files needs gguf: pip install 'qtuning-kernels[demo]'") from None
     import transformers
+    from gguf import GGUFReader
 
     meta = {name: field.contents() for name, field in GGUFReader(source).fields.items()}
     for key, accepted in (("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")):

@@ -1,6 +1,7 @@
 """Loads a compiled extension of this package, or says why it is not there and how to get it."""
 
 import json
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 
 from qtuning_kernels.kernels.contract import BackendUnavailableError
 
-_INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_SOURCE = Path(__file__).parents[2]  # the repository, where the package is installed from it in place
+_WHAT = f"--editable '{_SOURCE}'" if (_SOURCE / "setup.py").exists() else "qtuning-kernels"
+_INSTALL = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps {_WHAT}"
 
 
 def load_extension(module: str, record: str, needs: str) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtuning_kernels
 from qtuning_kernels import triage_samples
-from qtuning_kernels.commands import checkpoints, cli
+from qtuning_kernels.commands import checkpoints, cli, inputs
+from qtuning_kernels.commands.terminal import program
 from qtuning_kernels.demo import assets as fetch_module
 from qtuning_kernels.training.checkpoints import latest_checkpoint
 
@@ -96,6 +97,63 @@ def test_train_with_lora(options, model, tmp_path):
         tuned = AutoModelForCausalLM.from_pretrained(output / "final")(ids).logits
         plain = AutoModelForCausalLM.from_pretrained(model)(ids).logits
     assert not torch.equal(tuned, plain)
+
+
+@pytest.mark.parametrize("target", ["q_proj,v_proj", '["q_proj", "v_proj"]'])
+def test_adapters_are_of_the_layers_that_are_named_and_can_be_merged(target, options, model, tmp_path):
+    """Merged, the final model needs no PEFT, and gives the logits of the adapters of the last checkpoint."""
+    peft = pytest.importorskip("peft")
+    output = tmp_path / "run"
+    arguments = ["train", *options, "--output", str(output), "--max-steps", "2", "--learning-rate", "0.05"]
+    assert cli.main([*arguments, "--lora-rank", "2", "--lora-target", target, "--merge"]) == 0
+    adapters = load_file(output / "checkpoint-2" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapters} == {"q_proj", "v_proj"}
+    assert sorted(p.name for p in (output / "final").glob("*.safetensors")) == ["model.safetensors"]
+    assert not (output / "final" / "adapter_config.json").exists()
+    modes = {file.stat().st_mode for file in (output / "final").iterdir()}
+    assert modes == {(output / "options.json").stat().st_mode}  # those of any new file
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    plain, merged = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, output / "final"))
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert AutoTokenizer.from_pretrained(output / "final").eos_token == "<|im_end|>"
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(plain, output / "checkpoint-2").double()(ids).logits
+        found = merged.double()(ids).logits
+        without = AutoModelForCausalLM.from_pretrained(model).double()(ids).logits
+    assert (expected - without).abs().max() > 1e-3  # the adapters do something
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # weights of about 0.1, rounded to float32 once
+
+
+@pytest.mark.parametrize("option", [["--merge"], ["--lora-target", "q_proj"]])
+def test_options_of_adapters_need_adapters(option, options, capsys):
+    assert cli.main(["train", *options, *option]) == 1
+    assert "accepted: with --lora-rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]])
+def test_gradient_checkpointing_trains_the_same(lora, options, tmp_path):
+    """The same gradients, computed twice: also where only adapters ask for any."""
+    fixed = ["--max-steps", "2", "--learning-rate", "0.01", "--matmul", "default", "--score-dtype", "model", *lora]
+    for output, more in (("plain", []), ("again", ["--gradient-checkpointing"])):
+        assert cli.main(["train", *options, *fixed, *more, "--output", str(tmp_path / output)]) == 0
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    plain, again = (load_file(tmp_path / output / "final" / name) for output in ("plain", "again"))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("command", ["train", "score", "select"])
+def test_attention_is_the_one_that_is_named(command, options, tmp_path, monkeypatch, capsys):
+    loaded = []
+    find = inputs.load_model
+    monkeypatch.setattr(inputs, "load_model", lambda *given: loaded.append(find(*given)) or loaded[-1])
+    more = ["--max-steps", "1"] if command == "train" else []
+    for name in ("eager", "sdpa"):
+        arguments = [command, *options, *more, "--attn-implementation", name, "--output", str(tmp_path / name)]
+        assert cli.main(arguments) == 0
+        assert loaded[-1].config._attn_implementation == name
+    assert cli.main([command, *options, "--attn-implementation", "square"]) == 1
+    assert "square" in capsys.readouterr().err
 
 
 def test_lora_without_peft(options, monkeypatch, capsys):
@@ -211,7 +269,7 @@ def test_info(capsys):
     lines = {line[2:18].strip(): line[19:] for line in shown.splitlines() if line.startswith("  ")}
     assert lines["xpu order"].startswith("triton, reference: ")
     assert lines["mps order"].startswith("reference: ")
-    for word in ("torch", "cpu tensors", "reference", "native", "triton", "not fetched; run: qtuning fetch"):
+    for word in ("torch", "cpu tensors", "reference", "native", "triton", f"not fetched; run: {program()} fetch"):
         assert word in shown
 
 
@@ -255,7 +313,7 @@ def test_every_command_explains_itself(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0
-        assert "--debug" in capsys.readouterr().out
+        assert "--traceback" in capsys.readouterr().out
 
 
 def test_the_final_model_is_replaced_whole(tmp_path):

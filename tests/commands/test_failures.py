@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from qtuning_kernels.__main__ import main as command_line
 from qtuning_kernels.commands import cli
+from qtuning_kernels.commands.terminal import program
 from tests.tiny_tokenizer import byte_tokenizer
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("learning-rat: 1", "unknown key 'learning-rat'; accepted: batch-size, bf16, "),
+        ("learning-rat: 1", "unknown key 'learning-rat'; accepted: attn-implementation, batch-size, bf16, "),
         ("command: score", "unknown key 'command'"),
         ("token-mode: keep", "token-mode is 'keep'; accepted: mask, drop"),
         ("batch-size: 0", "batch-size is 0: 0 is not above 0"),
@@ -125,16 +126,28 @@ def test_unknown_shape_names_the_columns(model, data, capsys):
 
 
 def test_debug_shows_the_traceback(options, capsys):
-    assert cli.main(["train", *options, "--sample-ratio", "0", "--debug"]) == 1
+    assert cli.main(["train", *options, "--sample-ratio", "0", "--traceback"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.splitlines()[-1].startswith("qtuning: error: --sample-ratio is 0.0")
 
 
+@pytest.mark.parametrize("path", ["", "folder of qtuning"])
+def test_the_named_command_runs_where_it_is_typed(path, tmp_path, monkeypatch):
+    """In an environment that is not activated, `qtuning` alone is not found."""
+    if path:
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "qtuning").symlink_to(Path(sys.executable).parent / "qtuning")
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    assert (program() == "qtuning") == bool(path)
+    done = subprocess.run(f"{program()} --version", shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert done.stdout.startswith("qtuning-kernels "), done.stderr
+
+
 def test_nothing_fetched(options, capsys):
     for arguments in (["train"], ["score"], ["train", "--data", options[3]]):
         assert cli.main(arguments) == 1
-        assert "run: qtuning fetch" in capsys.readouterr().err
+        assert f"run: {program()} fetch" in capsys.readouterr().err
 
 
 def test_output_in_use_and_nothing_to_resume(options, tmp_path, capsys):
@@ -244,7 +257,7 @@ def test_scores_of_nan_are_a_failure(options, model, tmp_path, capsys):
 
 
 def test_ratios_and_output_are_refused_before_the_model_is_loaded(options, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("qtuning_kernels.commands.inputs.load_model", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("qtuning_kernels.commands.inputs.load_model", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     for command in ("score", "select"):
         assert cli.main([command, *options, "--sample-ratio", "7"]) == 1
@@ -269,15 +282,21 @@ def test_a_full_disk_is_called_that(text, monkeypatch, capsys):
 
 def test_what_is_missing_is_said_before_any_work(options, monkeypatch, capsys):
     monkeypatch.setattr("qtuning_kernels.commands.train.load_inputs", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["eval", "./nowhere", "--tasks", "task.yaml"]) == 1
+    assert f"qtuning eval needs lm_eval: {sys.executable} -m pip install 'qtuning-kernels[eval]'" in (
+        capsys.readouterr().err
+    )
     for module, extra, option in (("peft", "lora", ["--lora-rank", "2"]), ("plotly", "report", ["--report"])):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, module, None)
             assert cli.main(["train", *options, *option]) == 1
-        assert f"{option[0]} needs {module}: pip install 'qtuning-kernels[{extra}]'" in capsys.readouterr().err
+        remedy = f"{sys.executable} -m pip install 'qtuning-kernels[{extra}]'"
+        assert f"{option[0]} needs {module}: {remedy}" in capsys.readouterr().err
     monkeypatch.setattr("qtuning_kernels.demo.assets._download", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert cli.main(["fetch"]) == 1
-    assert "needs gguf: pip install 'qtuning-kernels[demo]'" in capsys.readouterr().err
+    assert f"needs gguf: {sys.executable} -m pip install 'qtuning-kernels[demo]'" in capsys.readouterr().err
 
 
 def test_an_interrupt_while_libraries_load_is_one_line():

@@ -3,13 +3,17 @@
 import argparse
 import dataclasses
 import json
+import re
+import typing
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from qtuning_kernels import QTuningConfig
 from qtuning_kernels.commands import cli, train
-from qtuning_kernels.commands.options import _NOT_OPTIONS, add_training_arguments, argument_texts, qtuning_config
+from qtuning_kernels.commands.options import _REFUSED, argument_texts, qtuning_config
 from qtuning_kernels.config import POLICY_NAMES
 
 # another value than the default for every field
@@ -87,14 +91,64 @@ def training_arguments(tmp_path, *more):
     return train._training_arguments(cli.parse(["train", *more]), tmp_path)
 
 
-def test_every_field_of_training_arguments_is_an_option():
-    parser = cli.build_parser()
-    subparser = cli._subparser(parser, "train")
-    add_training_arguments(subparser, shown=True)
-    for field in dataclasses.fields(TrainingArguments):
-        named = f"--{field.name.replace('_', '-')}" in subparser._option_string_actions
-        assert named != (field.name in _NOT_OPTIONS), field.name
-    assert "Weight decay" in subparser.format_help()
+# values of fields that take structures, or one of a few texts
+FIELDS = {
+    "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 2}, "optim": "sgd",
+    "optim_target_modules": ["q_proj", "v_proj"], "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_checkpointing_kwargs": {"use_reentrant": True}, "liger_kernel_config": {"rope": False},
+    "logging_strategy": "epoch", "include_num_input_tokens_seen": "all", "log_level": "error",
+    "log_level_replica": "info", "report_to": ["tensorboard", "wandb"], "trackio_static_space_id": False,
+    "eval_strategy": "epoch", "include_for_metrics": ["inputs", "loss"], "save_strategy": "epoch",
+    "hub_strategy": "end", "accelerator_config": {"split_batches": True},
+    "parallelism_config": {"dp_replicate_size": 2}, "dataloader_multiprocessing_context": "spawn",
+    "label_names": ["labels", "others"], "train_sampling_strategy": "sequential", "ddp_backend": "gloo",
+    "fsdp": True, "fsdp_config": {"fsdp_version": 2}, "deepspeed": {"zero_optimization": {"stage": 2}},
+    "debug": ["underflow_overflow"],
+}  # fmt: skip
+HINTS = typing.get_type_hints(TrainingArguments)
+
+
+def another(field):
+    """A value of the field's type that is not its default."""
+    kinds = typing.get_args(HINTS[field.name]) or (HINTS[field.name],)
+    if field.name in FIELDS:
+        return FIELDS[field.name]
+    if bool in kinds:
+        return not field.default
+    number = next((kind for kind in (int, float) if kind in kinds), None)
+    return "some text" if number is None else number(3) if number is int else 0.375
+
+
+def spelt(name, value):
+    """On the command line."""
+    if name == "fsdp":
+        return ["--fsdp"]
+    if isinstance(value, list) and HINTS[name] in (list[str], list[str] | None):
+        return [f"--{name.replace('_', '-')}", *value]
+    if name == "trackio_static_space_id":
+        return ["--trackio-static-space-id", "false"]
+    return given(name, json.dumps(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainingArguments), ids=lambda field: field.name)
+def test_every_field_of_training_arguments_arrives(field, tmp_path, monkeypatch):
+    """From the command line, from a file, and under the field's own spelling. A field of a new type fails here."""
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "deepspeed_plugin", None))
+    value, config = another(field), tmp_path / "c.json"
+    config.write_text(json.dumps({field.name: value}))
+    option, *rest = spelt(field.name, value)
+    for arguments in (["--config", str(config)], [option, *rest], [f"--{option[2:].replace('-', '_')}", *rest]):
+        arguments = [*arguments, "--output-dir", value] if field.name == "output_dir" else arguments
+        if field.name in _REFUSED:
+            with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} is not taken; accepted: "):
+                training_arguments(tmp_path, *arguments)
+            continue
+        parsed = cli.parse(["train", *arguments])
+        made = getattr(train._training_arguments(parsed, parsed.output or tmp_path), field.name)
+        if field.name == "parallelism_config":
+            made = {"dp_replicate_size": made.dp_replicate_size}
+        assert made == value, arguments
+        assert type(made) is type(value), arguments
 
 
 def test_fields_of_training_arguments_by_their_own_names(tmp_path):
@@ -119,7 +173,7 @@ def test_defaults_of_training(tmp_path):
 
 
 def test_a_value_that_a_field_does_not_take_ends_with_2(capsys):
-    for wrong in (["--weight-decay", "much"], ["--lr-scheduler-type", "round"], ["--hub-token", "secret"]):
+    for wrong in (["--weight-decay", "much"], ["--lr-scheduler-type", "round"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", *wrong])
         assert ended.value.code == 2
@@ -128,18 +182,38 @@ def test_a_value_that_a_field_does_not_take_ends_with_2(capsys):
         assert "--adam-beta1" not in error  # the usage stays short
 
 
-def test_help_is_short_and_help_all_is_not(capsys):
-    shown = {}
-    for option in ("--help", "--help-all"):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["train", option])
-        assert ended.value.code == 0
-        shown[option] = capsys.readouterr().out
-    for text in shown.values():
-        assert "--rescore-every" in text
-        assert "--learning-rate" in text
-    assert "--adam-beta1" not in shown["--help"]
-    assert "--adam-beta1" in shown["--help-all"]
+def shown(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [None, *cli._subparsers(cli.build_parser())])
+def test_help_fits_two_screens(command, monkeypatch, capsys):
+    """Of 24 lines of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shown(capsys, *filter(None, [command]), "--help").splitlines()
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("command", ["train", "score", "select"])
+def test_help_all_shows_every_option(command, capsys):
+    whole, short = shown(capsys, command, "--help-all"), shown(capsys, command, "--help")
+    for field in SETTINGS if command == "train" else SCORES:
+        assert f"--{field.replace('_', '-')}" in whole
+    assert "--score-dtype" not in short
+    assert "--attn-implementation" in short
+    if command == "train":
+        for field in dataclasses.fields(TrainingArguments):
+            named = re.search(rf"--{field.name.replace('_', '-')}(?![\w-])", whole) is not None
+            assert named != (field.name in _REFUSED), field.name
+        assert "Weight decay" in whole
+        assert "(default: cosine)" in " ".join(whole.split())
+        assert "--adam-beta1" not in short
+        for option in ("--learning-rate", "--gradient-checkpointing", "--lora-target", "--merge", "--help-all"):
+            assert option in short
 
 
 def test_config_files_take_the_same_names(tmp_path):
@@ -153,9 +227,36 @@ def test_config_files_take_the_same_names(tmp_path):
     made = train._training_arguments(arguments, tmp_path)
     assert (made.weight_decay, made.lr_scheduler_kwargs, made.num_train_epochs) == (0.1, {"num_cycles": 2}, 3)
     assert made.gradient_checkpointing is True
+    config.write_text("report_to: [tensorboard]\nlabel_names: labels\nlora-target: [q_proj]\n")
+    arguments = cli.parse(["train", "--config", str(config)])
+    assert (arguments.report_to, arguments.label_names) == (["tensorboard"], ["labels"])
+    assert arguments.lora_target == ["q_proj"]
+    config.write_text("epochs: 1\nnum_train_epochs: 2\n")
+    with pytest.raises(cli.UsageError, match="num_train_epochs is a second value of --epochs"):
+        cli.parse(["train", "--config", str(config)])
+    config.write_text("weight_decay: [0.1]")
+    with pytest.raises(cli.UsageError, match=r"weight_decay is \[0.1\]; accepted: one text or number"):
+        cli.parse(["train", "--config", str(config)])
     config.write_text("no-record: true")
     with pytest.raises(cli.UsageError, match="unknown key 'no-record'"):
         cli.parse(["train", "--config", str(config)])
+
+
+def test_the_papers_settings_are_accepted(tmp_path):
+    """examples/paper.yaml through the real parser, which refuses unknown keys; docs/method.md has the values."""
+    file = Path(__file__).parents[2] / "examples" / "paper.yaml"
+    arguments = cli.parse(["train", "--config", str(file)])
+    expected = {"sample_ratio": 0.125, "token_ratio": 0.5, "neighbor_weight": 0.5, "triage_method": "bisect"}
+    config = qtuning_config(arguments)
+    assert config == QTuningConfig(**expected, token_mode="drop", selection_scope="rank")
+    arguments.bf16 = False  # which takes a device that has it
+    made = train._training_arguments(arguments, tmp_path)
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps, made.num_train_epochs) == (8, 4, 3)
+    assert (made.learning_rate, made.lr_scheduler_type, made.warmup_steps) == (1e-4, "cosine", 0)
+    assert (arguments.lora_rank, arguments.cutoff, made.gradient_checkpointing) == (8, 2048, True)
+    for name, value in yaml.safe_load(file.read_text()).items():
+        option = cli._subparsers(cli.build_parser())["train"]._option_string_actions.get(f"--{name.replace('_', '-')}")
+        assert getattr(arguments, option.dest if option else name) == value or name == "bf16"
 
 
 def test_a_resumed_run_goes_on_with_every_option(tmp_path):

@@ -144,3 +144,18 @@ def test_wrappers_train_the_same_and_resume(options, plain, tmp_path, wrapper):
     assert shown.count(f"resuming from {output}/checkpoint-2") == 1
     assert all(torch.allclose(weights(output)[name], first[name], rtol=0, atol=1e-7) for name in first)
     assert [row["step"] for row in rows(output, "steps.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero3"])
+def test_adapters_of_a_sharded_run_are_merged(options, tmp_path, wrapper):
+    """The first process merges by itself, on weights that are whole; the others do not wait for it in vain."""
+    pytest.importorskip("peft")
+    output, arguments = tmp_path / "run", ["train", *options, *STEPS, *FIXED, "--lora-rank", "2", "--merge"]
+    arguments += wrapping(wrapper, tmp_path)
+    assert_one_run(output, succeeded(run_processes(*WORKER, *arguments, "--output", output)))
+    base, merged = load_file(Path(options[1]) / "model.safetensors"), weights(output)
+    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in base.items()}
+    assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])

@@ -583,5 +583,5 @@ def test_command(run, tmp_path, capsys):
 
 def test_missing_library_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly", None)
-    with pytest.raises(ModuleNotFoundError, match=r"plotly: pip install 'qtuning-kernels\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"plotly: .* -m pip install 'qtuning-kernels\[report\]'"):
         build_report(run)
