@@ -11,7 +11,7 @@ import torch
 from qtuning_kernels.kernels.contract import BackendUnavailableError
 
 _SOURCE = Path(__file__).parents[2]  # the repository, where the package is installed from it in place
-_WHAT = f"--editable '{_SOURCE}'" if (_SOURCE / "setup.py").exists() else "qtuning-kernels"
+_WHAT = f"--editable '{_SOURCE}'" if (_SOURCE / "setup.py").exists() else "."
 _INSTALL = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps {_WHAT}"
 
 
