@@ -263,7 +263,7 @@ def main() -> None:
     only = set(options.only or [*GROUPS, "memory"])
     target, rows = options.output, []
     # the same for everything that is timed, so that no gain of PyTorch's own counts as this package's
-    times = time_products([(192, 576), (1536, 576)], 512)
+    times = time_products([(192, 576), (1536, 576), (4096, 576)], 512)
     matmul = times.matmul() if options.matmul == "auto" else options.matmul
     print(f"float32 products by {matmul} ({times})")
     if not options.quick and target.exists():

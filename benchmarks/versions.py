@@ -25,7 +25,7 @@ import qtuning_kernels as qk
 torch.manual_seed(0)
 try:
     from qtuning_kernels.models.matmul import float32_matmul, time_products
-    switch = lambda: float32_matmul(time_products([(192, 576), (1536, 576)], 512).matmul())
+    switch = lambda: float32_matmul(time_products([(192, 576), (1536, 576), (4096, 576)], 512).matmul())
 except ImportError:
     switch = contextlib.nullcontext
 cases = {}

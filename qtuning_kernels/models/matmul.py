@@ -23,6 +23,7 @@ for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 
 MOST_ERROR = 4.0  # of oneDNN's float32 product, in errors of the default one
 _REPEATS = 7
+_HEAD_PART = 4096  # rows of a head that are multiplied with: enough to stand for all, a third of a second
 _LEAST_GAIN = 0.97  # a choice has to beat PyTorch's default by more than noise
 
 
@@ -68,7 +69,8 @@ class MatmulTimes:
 
 
 def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(out, in) of the model's widest and narrowest linear layer, its head left out."""
+    """(out, in) of the model's widest and narrowest linear layer, and of a part of its head: a product that wide can be
+    faster elsewhere than those."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     shapes = {
         (module.weight.shape[0], module.weight.shape[1])
@@ -76,7 +78,9 @@ def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
         if isinstance(module, nn.Linear) and module is not head and module.weight.dim() == 2
     }
     ordered = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
-    return [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    layers = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    weight = getattr(head, "weight", None)
+    return layers if weight is None else [*layers, (min(len(weight), _HEAD_PART), weight.shape[1])]
 
 
 def time_products(shapes: list[tuple[int, int]], rows: int) -> MatmulTimes:

@@ -60,9 +60,11 @@ def test_nothing_is_measured_for_a_model_in_half_precision(monkeypatch):
 
 
 def test_the_measurement_is_of_the_model_s_own_layers():
-    """The widest and the narrowest layer of the backbone; the head has a path of its own."""
+    """The widest and the narrowest layer of the backbone, and the head: here one library was 1.4 times as fast as the
+    other for it and nearly equal for the layers, so that noise decided."""
     model = tiny_model("llama")
-    shapes = layer_shapes(model)
+    *shapes, head = layer_shapes(model)
+    assert head == tuple(model.lm_head.weight.shape)
     sizes = [shape[0] * shape[1] for shape in shapes]
     weights = {tuple(m.weight.shape) for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
     assert set(shapes) <= weights
