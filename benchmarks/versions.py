@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common import RESULTS, ROOT, environment, fill, markdown, read_rows, write_rows
+
 CASES = (
     *("forward", "forward_backward", "backward rho=1", "backward rho=0.125", "forward softcap"),
     *("forward_backward softcap", "linear_stats", "linear_loss"),
@@ -81,9 +83,19 @@ def ask(process: subprocess.Popen, *case: object) -> float:
     return json.loads(process.stdout.readline())
 
 
-def main() -> None:
-    from benchmarks.common import RESULTS, ROOT, environment, read_rows, write_rows
+def table(rows: list[dict[str, str]]) -> str:
+    """The newest row of each call on each machine."""
+    newest = {(row["machine"], row["case"], int(row["n"]), row["dtype"]): row for row in rows}
+    order = sorted(newest, key=lambda key: (key[0], CASES.index(key[1]), *key[2:]))
+    lines = []
+    for key in order:
+        row = newest[key]
+        ratio = f"{row['ratio']} ({row['q1']}–{row['q3']})"
+        lines.append([*key[1:], row["before_ms"], row["after_ms"], ratio, row["machine"], row["commit"]])
+    return markdown(["call", "N", "dtype", "before ms", "after ms", "after over before", "machine", "commit"], lines)
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=9)
@@ -109,6 +121,8 @@ def main() -> None:
                 print(row, file=sys.stderr, flush=True)
                 rows.append(row | {"before_commit": commit.stdout.strip()} | environment())
     write_rows(options.output, rows)
+    if options.output == RESULTS / "versions.csv":
+        fill(ROOT / "docs" / "benchmarks.md", {"versions": table(read_rows(options.output))})
     for process in pair.values():
         process.stdin.close()
         process.wait()
