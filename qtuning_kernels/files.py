@@ -21,6 +21,7 @@ def write_atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        _ordinary(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,11 +52,16 @@ def refuse_overwrite(output: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def share(folder: Path) -> None:
-    """Give files of a folder the permissions of any new file; safetensors writes for its owner alone."""
-    os.umask(umask := os.umask(0))
+    """Give files of a folder the permissions of any new file."""
     for file in folder.iterdir() if folder.is_dir() else ():  # a sharded state is written elsewhere
         if file.is_file():
-            file.chmod(0o666 & ~umask)
+            _ordinary(file)
+
+
+def _ordinary(file: Path) -> None:
+    """Safetensors writes for a file's owner alone."""
+    os.umask(umask := os.umask(0))
+    file.chmod(0o666 & ~umask)
 
 
 def require(what: str, extra: str, *modules: str) -> None:
