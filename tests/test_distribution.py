@@ -75,5 +75,6 @@ def test_an_isolated_build_says_what_to_type(unpacked, tmp_path):
     }
     with pytest.raises(BackendUnavailableError) as raised:
         load_extension("_C", record, "PyTorch and a C++ compiler")
-    assert "pip install --no-build-isolation --force-reinstall --no-deps ." in str(raised.value)
+    command = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps --editable '{ROOT}'"
+    assert command in str(raised.value)
     assert "\n" not in str(raised.value)

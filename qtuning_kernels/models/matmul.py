@@ -79,8 +79,8 @@ def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
     }
     ordered = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
     layers = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
-    weight = getattr(head, "weight", None)
-    return layers if weight is None else [*layers, (min(len(weight), _HEAD_PART), weight.shape[1])]
+    size: tuple[int, ...] = getattr(getattr(head, "weight", None), "shape", ())
+    return layers if len(size) != 2 else [*layers, (min(size[0], _HEAD_PART), size[1])]
 
 
 def time_products(shapes: list[tuple[int, int]], rows: int) -> MatmulTimes:
