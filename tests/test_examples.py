@@ -4,9 +4,7 @@ The interfaces are those of the hosts' own sources: where they look their traine
 """
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import transformers
+from accelerate.state import AcceleratorState
 
 import qtuning_kernels as qk
 from qtuning_kernels.data.collator import PoolCollator
@@ -39,20 +38,23 @@ def model_and_data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["trainer.py", "trl_sft.py", "accelerate_loop.py"])
-def test_runs(model_and_data, tmp_path, name):
+def test_runs(model_and_data, tmp_path, monkeypatch, capsys, name):
     if name == "trl_sft.py":
         pytest.importorskip("trl")
     arguments = [str(model_and_data / "model"), str(model_and_data / "data.jsonl"), str(tmp_path / "output")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments[: 2 if name == "accelerate_loop.py" else 3]],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", [name, *arguments[: 2 if name == "accelerate_loop.py" else 3]])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    printed = capsys.readouterr().out
     if name == "accelerate_loop.py":
-        assert done.stdout.count("tokens, loss") == 3
+        assert printed.count("tokens, loss") == 3
     else:
-        assert "'samples_kept': 6" in done.stdout  # two of eight, three times
+        assert "'samples_kept': 6" in printed  # two of eight, three times
 
 
 def module(monkeypatch, name, **names):
