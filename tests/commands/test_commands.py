@@ -169,7 +169,7 @@ def run_in_process(arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("killed_after", [1, 5])
+@pytest.mark.parametrize("killed_after", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_after):
     """Before the first checkpoint, and behind one. The run has 12 steps.
 
