@@ -247,7 +247,12 @@ def draw(path: Path) -> None:
         "Planted flaws": planted_table(groups),
     }
     filled = {title: part for title, part in parts.items() if part.count("\n") > 1 or part.startswith("!")}
-    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in filled.items())
+    seeds = max((len(group) for policies in groups.values() for group in policies.values()), default=0)
+    state = (
+        f"{len(found)} runs have been made, of at most {seeds} seed{'s'[: seeds != 1]} each; `--plan` prints "
+        "those that are missing. A question with fewer than three seeds is open, whatever its interval.\n\n"
+    )
+    text = state + "\n\n".join(f"## {title}\n\n{part}" for title, part in filled.items())
     if path == RESULTS / "quality.csv":
         fill(PAGE, {"results": text})
     else:
