@@ -201,6 +201,8 @@ def _training_arguments(arguments: argparse.Namespace, output: Path) -> Any:
     given = options.training_arguments(arguments)
     if given.get("fsdp"):
         defaults["fsdp_config"] = {"fsdp_version": 2}  # where transformers' default is another
+    if given.get("bf16") and not torch.accelerator.is_available():
+        defaults["use_cpu"] = True  # which autocast on a CPU has to be asked for with
     training = TrainingArguments(**defaults | given | renamed)
     if training.deepspeed_plugin is not None:  # stage 3 would leave the final model without weights
         zero = training.deepspeed_plugin.deepspeed_config.setdefault("zero_optimization", {})

@@ -343,6 +343,13 @@ def test_version(capsys):
     assert (ended.value.code, capsys.readouterr().out) == (0, f"qtuning-kernels {qtuning_kernels.__version__}\n")
 
 
+def test_bfloat16_autocast_on_this_device(options, tmp_path):
+    """transformers refused it on a CPU unless the CPU was asked for by name."""
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--max-steps", "1", "--bf16"]) == 0
+    assert json.loads((output / "record" / "run.json").read_text())["configuration"]["training"]["bf16"]
+
+
 def test_models_have_the_permissions_of_any_new_file(options, tmp_path):
     """safetensors writes for its owner alone, so that nobody else could load a shared model."""
     output = tmp_path / "run"
