@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from qtuning_kernels.data.micro_batches import nothing
 from qtuning_kernels.training.accounting import Clock
@@ -12,6 +13,8 @@ from tests.processes import run_processes
 
 @pytest.fixture(scope="module")
 def step():
+    if transformers.__version__.startswith("5.0."):
+        pytest.skip("the tests' own device has no empty_strided, with which transformers 5.0 makes its masks")
     done = run_processes("-m", "tests.training.fake_gpu_worker", processes=1)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
