@@ -35,7 +35,7 @@ from benchmarks.common import (
 )
 from benchmarks.kernels_pages import plot, tables
 from qtuning_kernels.config import MATMULS
-from qtuning_kernels.models.matmul import float32_matmul, time_products
+from qtuning_kernels.models.matmul import SMOLLM2_SHAPES, float32_matmul, time_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -263,7 +263,7 @@ def main() -> None:
     only = set(options.only or [*GROUPS, "memory"])
     target, rows = options.output, []
     # the same for everything that is timed, so that no gain of PyTorch's own counts as this package's
-    times = time_products([(192, 576), (1536, 576), (4096, 576)], 512)
+    times = time_products(SMOLLM2_SHAPES, 512)
     matmul = times.matmul() if options.matmul == "auto" else options.matmul
     print(f"float32 products by {matmul} ({times})")
     if not options.quick and target.exists():

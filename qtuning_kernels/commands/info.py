@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from qtuning_kernels.models.matmul import time_products
+    from qtuning_kernels.models.matmul import SMOLLM2_SHAPES, time_products
 
     versions = installed_versions()
     print("versions")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {f'{device} tensors':<16} {_serving(device)}")
     for device, reason in dispatch.ORDER_REASON.items():
         print(f"  {f'{device} order':<16} {', '.join(dispatch.default_order(device))}: {reason}")
-    times = time_products([(192, 576), (1536, 576), (4096, 576)], 512)  # of SmolLM2-135M
+    times = time_products(SMOLLM2_SHAPES, 512)
     print("products")
     for name, milliseconds in times.milliseconds.items():
         print(f"  {name:<16} {milliseconds:.1f} ms, error {times.error[name]:.1e}")

@@ -24,6 +24,7 @@ for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 MOST_ERROR = 4.0  # of oneDNN's float32 product, in errors of the default one
 _REPEATS = 7
 _HEAD_PART = 4096  # rows of a head that are multiplied with: enough to stand for all, a third of a second
+SMOLLM2_SHAPES = [(192, 576), (1536, 576), (_HEAD_PART, 576)]  # `layer_shapes` of the embedded model
 _LEAST_GAIN = 0.97  # a choice has to beat PyTorch's default by more than noise
 
 
@@ -84,7 +85,7 @@ def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def time_products(shapes: list[tuple[int, int]], rows: int) -> MatmulTimes:
-    """Times the products of `rows` hidden states with weights of these shapes, in turn; some tens of milliseconds."""
+    """Times the products of `rows` hidden states with weights of these shapes, in turn; a second for a small model."""
     generator = torch.Generator().manual_seed(0)
     operands = [
         (torch.randn(rows, size, generator=generator), torch.randn(out, size, generator=generator) * size**-0.5)
