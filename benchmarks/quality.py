@@ -65,9 +65,7 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
         if inputs[name] is not None:
             inputs[name] = str(Path(inputs[name]).resolve())
     if options.quick:
-        inputs |= {"records": 512, "held_out": 64, "generate": 64}
-    elif options.data is not None:
-        inputs |= {"generate": 0}
+        inputs |= {"records": 512, "held_out": 64}
     return Inputs(model, **inputs)
 
 
@@ -149,7 +147,6 @@ class Runner:
     def _work(self, queue: list[Setting]) -> None:
         while (setting := self._next(queue)) is not None:
             print(f"begin  {setting}", flush=True)
-            began = self.clock()
             try:
                 points = self.make(setting, None if isinf(self.deadline) else self.deadline - self.clock())
             except subprocess.TimeoutExpired:
@@ -160,10 +157,10 @@ class Runner:
                 print(f"failed {error}", file=sys.stderr, flush=True)
                 self.failed.append(setting)
                 continue
-            minutes = (self.clock() - began) / 60
             with self._lock:
-                append(self.output, setting, [point | {"run_minutes": minutes} for point in points])
-            print(f"end    {setting}: nll {points[-1]['nll']:.4f}, {minutes:.1f} minutes", flush=True)
+                append(self.output, setting, points)
+            last = points[-1]
+            print(f"end    {setting}: nll {last['nll']:.4f}, {last['run_minutes']:.1f} minutes of work", flush=True)
 
     def _next(self, queue: list[Setting]) -> Setting | None:
         """The next run that ends in time; those before it that do not are left out."""

@@ -22,7 +22,6 @@ class Inputs:
             stands before the final result of an answer, describe it.
         other: a text file, for what is forgotten; None: a story that reasoning-gym brings.
         records, held_out: how many, of training and of evaluation.
-        generate: how many held-out records are answered by greedy generation, of at most `most_new_tokens`.
         cutoff: most tokens of a sample.
     """
 
@@ -34,8 +33,6 @@ class Inputs:
     other: str | None = None
     records: int = 1024
     held_out: int = 96
-    generate: int = 96
-    most_new_tokens: int = 24
     cutoff: int = 512
 
 
@@ -183,8 +180,8 @@ def chosen_rate(base: Setting, rows: Iterable[dict[str, str]]) -> float | None:
 
 
 def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> float | None:
-    """What the run will take: the median of those that differ in seed, rate or condition alone, on this machine if
-    there are any; else by the longest one of its data per step; None where nothing is known."""
+    """What the run will take of one processor: the median of those that differ in seed, rate or condition alone, on
+    this machine if there are any; else by the longest one of its data per step; None where nothing is known."""
     like, per_step = [], []
     stored = list(rows)
     here = [row for row in stored if row["machine"] == machine]

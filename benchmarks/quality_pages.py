@@ -155,7 +155,7 @@ def plot_over_seconds(groups: Groups, path: Path) -> bool:
     """Held-out nll, and exact matches where there are any, over seconds of training: a panel per condition."""
     plt = _pyplot()
     measures: list[tuple[str, Callable[[Curve], np.ndarray]]] = [("held-out nll, nats per token", Curve.mean_nll)]
-    if any(c.correct.size for policies in groups.values() for own in policies.values() for c in own):
+    if any(c.correct.any() for policies in groups.values() for own in policies.values() for c in own):
         measures.append(("exact match", lambda curve: curve.correct.mean(1)))
     shape = {"nrows": len(groups), "ncols": len(measures), "figsize": (4.6 * len(measures), 2.5 * len(groups) + 0.7)}
     figure, axes = plt.subplots(**shape, squeeze=False, sharey="col", layout="constrained")

@@ -56,8 +56,8 @@ def paired_difference(first: Floats, second: Floats, weight: Floats, draws: int 
 
 
 class Curve(NamedTuple):
-    """What a run measured: ``steps``, ``cpu_seconds`` [P], and per held-out sample ``nll`` [P, B] (sums) and, if
-    answers were generated, ``correct`` [P, G]; ``tokens`` [B]."""
+    """What a run measured: ``steps``, ``cpu_seconds`` [P], and per held-out sample ``nll`` [P, B] (sums),
+    ``correct`` [P, B] and ``tokens`` [B]."""
 
     setting: Setting
     steps: Floats

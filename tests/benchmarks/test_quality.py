@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from benchmarks import quality, quality_grid, quality_pages
 from benchmarks.common import read_rows
 from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, generated_split, plant, tokenized
 from benchmarks.quality_grid import Inputs, Setting
-from benchmarks.quality_measures import result_tokens
+from benchmarks.quality_measures import result_tokens, token_measures
 from benchmarks.quality_run import counts_until, qtuning_config, run
 from benchmarks.quality_statistics import curves, paired_difference
+from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.pruning.policies import make_policy
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -157,7 +159,7 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
         made.append(setting)
         now[0] += 120
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True, False]}
-        return [{"step": 4, "nll": 1.0, "machine": quality.machine_name(), **lists}]
+        return [{"step": 4, "nll": 1.0, "machine": quality.machine_name(), "run_minutes": 2.0, **lists}]
 
     settings = [replace(BASE, seed=seed) for seed in range(4)]
     runner = quality.Runner(tmp_path / "quality.csv", 1, 300.0, make, clock=lambda: now[0])
@@ -168,7 +170,6 @@ def test_the_budget_is_kept_and_finished_runs_are_skipped(tmp_path):
     again(settings)
     assert made == settings
     assert [row["seed"] for row in read_rows(tmp_path / "quality.csv")] == ["0", "1", "2", "3"]
-    assert {row["run_minutes"] for row in read_rows(tmp_path / "quality.csv")} == {"2"}
     assert read_rows(tmp_path / "quality_samples.csv")[0]["sample_correct"] == "10"
 
 
@@ -190,7 +191,7 @@ def test_a_failed_run_leaves_no_row_and_the_others_go_on(tmp_path):
         if setting.seed == 0:
             raise RuntimeError("it is broken")
         lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": []}
-        return [{"step": 4, "nll": 1.0, "machine": "here", **lists}]
+        return [{"step": 4, "nll": 1.0, "machine": "here", "run_minutes": 1.0, **lists}]
 
     runner = quality.Runner(tmp_path / "quality.csv", 2, 1e9, make)
     runner([replace(BASE, seed=seed) for seed in range(3)])
@@ -240,8 +241,6 @@ def inputs(tmp_path):
         other=str(tmp_path / "other.txt"),
         records=24,
         held_out=6,
-        generate=4,
-        most_new_tokens=6,
     )
 
 
@@ -285,6 +284,32 @@ def test_a_file_without_the_field_is_refused(inputs):
         file_split(inputs.data, "prompt", "answer", 4, 4, 0)
     with pytest.raises(ValueError, match="has 81 distinct prompts; accepted: at least 80"):
         file_split(inputs.data, "question", "answer", 80, 4, 0)
+
+
+def test_exact_matches_are_those_of_greedy_generation(inputs):
+    """A model that has learnt some of six answers: without a cache, token by token, it gives those and no others."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs.model)
+    rows = tokenized([{"question": f"{i}", "answer": "ab"[: 1 + i % 2] * i} for i in range(1, 7)], tokenizer, 512)
+    samples = [to_sample(row["input_ids"], row["labels"]) for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    for _ in range(40):
+        for row in list(rows)[:3]:
+            model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    nll, greedy = token_measures(model, samples)
+    model = model.double()
+    for sample, values, right in zip(samples, nll, greedy, strict=True):
+        tokens = sample.input_ids[: int(sample.label_positions[0])]
+        with torch.no_grad():
+            logits = model(sample.input_ids[None]).logits[0, sample.label_positions - 1]
+            while len(tokens) < len(sample.input_ids):
+                tokens = torch.cat([tokens, model(tokens[None]).logits[0, -1:].argmax(-1)])
+        expected = torch.nn.functional.cross_entropy(logits, sample.labels, reduction="none")
+        assert torch.allclose(values.double(), expected, atol=1e-5)
+        assert bool(right.all()) == torch.equal(tokens, sample.input_ids)
+    assert len({bool(right.all()) for right in greedy}) == 2
 
 
 def test_the_answer_ends_with_the_end_of_turn(inputs):
