@@ -122,13 +122,13 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     base = model_source(arguments) if arguments.merge else None
     final = checkpoints.save_final(trainer, inputs.tokenizer, output, base=base)
-    trainer.accelerator.end_training()  # the last that the processes do together
-    if not first:
-        return
-    summary = _summary(trainer, final, seconds)
-    _write_json(output / SUMMARY_FILE, summary)
-    _print_summary(console, summary, output, inputs.tags)
-    _draw(arguments, output, console)
+    if first:
+        summary = _summary(trainer, final, seconds)
+        _write_json(output / SUMMARY_FILE, summary)
+        _print_summary(console, summary, output, inputs.tags)
+        _draw(arguments, output, console)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once one has ended badly
+    trainer.accelerator.end_training()
 
 
 def _draw(arguments: argparse.Namespace, output: Path, console: Any) -> None:

@@ -61,6 +61,28 @@ def test_one_voice_one_writer_one_verdict(options, tmp_path):
     assert again.stdout == ""
 
 
+LEAVING_BADLY = """
+import os, sys, time
+from qtuning_kernels.commands import cli, train
+write = train._write_json
+def slowly(path, content):
+    time.sleep(4 * (path.name == train.SUMMARY_FILE))
+    write(path, content)
+train._write_json = slowly
+sys.exit(cli.main(sys.argv[1:]) or int(os.environ["RANK"]))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_first_writes_is_whole_when_another_ends_badly(options, tmp_path):
+    """A launcher ends all processes once one has failed, as one may while Python takes it down."""
+    script = tmp_path / "leaving_badly.py"
+    script.write_text(LEAVING_BADLY)
+    run = run_processes(script, "train", *options, *STEPS, "--output", tmp_path / "run", cwd=tmp_path)
+    assert run.returncode != 0
+    assert_one_run(tmp_path / "run", run.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
