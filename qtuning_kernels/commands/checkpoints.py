@@ -1,6 +1,7 @@
 """The output folder of a run: refused if in use, or resumed; the final model is written whole or not at all."""
 
 import atexit
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes o
 SUMMARY_FILE = "summary.json"
 # what a resumed run may have otherwise: how far it goes, and what it writes on the way
 _MAY_CHANGE = ("epochs", "max_steps", "save_steps", "save_total_limit", "report", "report_to", "record", "tag_field")
-_LOCK_FILE = ".lock"
+_LOCK_FILE, _DIGEST_FILE = ".lock", "samples.sha256"
 _held: list[tuple[Path, int]] = []  # the lock on the output folder of this process, for as long as it lives
 
 
@@ -67,6 +68,27 @@ def _refuse_other_options(file: Path, asked: Mapping[str, Any]) -> None:
                 f"--{name.replace('_', '-')} is {value!r}, and the run in {str(file.parent)!r} has {started[name]!r}; "
                 "accepted: the same, or another --output"
             )
+
+
+def refuse_other_samples(output: Path, samples: Any) -> None:
+    """Raise ValueError if the run in `output` began with other samples, as when a file of its data was edited since.
+
+    Args:
+        samples: a dataset with ``input_ids`` and ``labels``, whose digest is written where there is none yet.
+    """
+    digest = hashlib.sha256()
+    for table in samples.with_format("arrow").iter(1000):
+        for column in (table[name].combine_chunks() for name in ("input_ids", "labels")):
+            digest.update(column.value_lengths().to_numpy())
+            digest.update(column.flatten().to_numpy())
+    file = output / _DIGEST_FILE
+    if not file.exists():
+        file.write_text(digest.hexdigest() + "\n")
+    elif file.read_text().strip() != digest.hexdigest():
+        raise ValueError(
+            f"the data gives other samples than those that the run in {str(output)!r} began with; accepted: the data "
+            "as it was, or another --output"
+        )
 
 
 def is_finished(output: Path, checkpoint: str | None, asked: Mapping[str, Any]) -> bool:

@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     def prepare() -> tuple[Any, Any]:
         inputs = load_inputs(arguments, console)
+        if first:
+            checkpoints.refuse_other_samples(output, inputs.samples)
         evaluated = held_out(arguments, inputs, console)
         if arguments.lora_rank:
             inputs.model = _with_lora(inputs.model, arguments)

@@ -207,6 +207,19 @@ def test_a_run_is_resumed_with_its_own_options_alone(options, data, tmp_path, ca
     assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 0
 
 
+def test_a_data_file_that_was_edited_is_not_gone_on_with(options, data, tmp_path, capsys):
+    """The same option, other samples: the order of what is left was made for those before."""
+    file = Path(shutil.copy(data, tmp_path / "own.jsonl"))
+    arguments = ["train", *options, "--data", str(file), "--output", str(tmp_path / "run"), "--eval-share", "0.1"]
+    assert cli.main([*arguments, "--max-steps", "1"]) == 0
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[1:]))
+    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 1
+    assert f"other samples than those that the run in '{tmp_path}/run' began with" in capsys.readouterr().err
+    file.write_text("".join(rows))
+    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 0
+
+
 def test_one_process_in_an_output_folder(options, tmp_path, capsys):
     output = tmp_path / "run"
     script = (
