@@ -103,7 +103,8 @@ class Stage(NamedTuple):
 TELLING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL)
 # the worst value for time last
 GENERATED_STAGES = (
-    Stage(PRUNING, ("clean", "exchanged40", "duplicates50")),
+    Stage(PRUNING, ("clean", "exchanged40")),  # a conclusion takes two conditions
+    Stage(PRUNING, ("duplicates50",)),
     Stage((FULL,), ("clean", "exchanged40", "duplicates50")),
     Stage(TELLING, ("trivial50", "mixed")),
     Stage((RANDOM, QTUNING, QTUNING_SAMPLES), ("clean",), other_rates=True),
