@@ -92,9 +92,18 @@ def refuse_other_samples(output: Path, samples: Any) -> None:
 
 
 def is_finished(output: Path, checkpoint: str | None, asked: Mapping[str, Any]) -> bool:
-    """Whether the run ended with a summary, and no more epochs or steps are asked for than it has."""
-    if checkpoint is None or not (output / SUMMARY_FILE).exists():
+    """Whether the run ended with a summary, and no more epochs or steps are asked for than it has.
+
+    Raises:
+        FileNotFoundError: more is asked for, or may be, and the checkpoints are gone.
+    """
+    if not (output / SUMMARY_FILE).exists():
         return False
+    if checkpoint is None:
+        started = json.loads((output / OPTIONS_FILE).read_text(encoding="utf-8"))
+        if all(asked[name] == started[name] for name in ("max_steps", "epochs")):
+            return True
+        raise FileNotFoundError(f"the run in {str(output)!r} is finished, and has no checkpoint to go on from")
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     if asked["max_steps"]:
         return state["global_step"] >= asked["max_steps"]

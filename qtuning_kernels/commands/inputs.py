@@ -60,7 +60,8 @@ def load_inputs(arguments: argparse.Namespace, console: Any, *, output: Path | N
     quiet_libraries()
     source, (data, prompt_field, completion_field) = model_source(arguments), data_source(arguments)
     if output is not None:
-        refuse_overwrite(output, [data, source, *filter(None, [arguments.config])])
+        others = (getattr(arguments, name, None) for name in ("config", "reference_scores", "reference_model"))
+        refuse_overwrite(output, [data, source, *filter(None, others)])
     tokenizer = load_tokenizer(source)
     records, samples, report = load_data(arguments, tokenizer)
     shape = detect_shape(records.columns, prompt_field=prompt_field, completion_field=completion_field)

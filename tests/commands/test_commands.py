@@ -215,6 +215,20 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(options, tmp_path, capsys
     assert json.loads(files[0].read_text())["steps"] == 3
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_made_again(options, tmp_path, capsys):
+    """They may be deleted, as the page for laptops says; the final model went with a run from the beginning."""
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--save-steps", "2", "--max-steps", "2"]) == 0
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    assert cli.main(["train", "--output", str(output), "--resume"]) == 0
+    assert f"the run in {output} is finished" in capsys.readouterr().out
+    assert cli.main(["train", "--output", str(output), "--resume", "--max-steps", "3"]) == 1
+    assert f"the run in '{output}' is finished, and has no checkpoint to go on from" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
 def test_score_writes_the_plane(options, data, tmp_path, capsys):
     output = tmp_path / "planes" / "plane.parquet"
     assert cli.main(["score", *options, "--output", str(output), "--score-dtype", "float32"]) == 0

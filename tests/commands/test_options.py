@@ -288,6 +288,18 @@ def test_an_output_that_is_an_input_is_refused(command, link, given, options, mo
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("option", ["--reference-scores", "--reference-model"])
+def test_a_reference_is_an_input_too(option, options, model, data, tmp_path, capsys):
+    scores = tmp_path / "scores.parquet"
+    assert cli.main(["score", *options, "--output", str(scores)]) == 0
+    given, file = (scores, scores) if option == "--reference-scores" else (model, model / "model.safetensors")
+    before = file.read_bytes()
+    arguments = ["select", *options, "--policy", "rho1", option, str(given), "--output", str(file)]
+    assert cli.main(arguments) == 1
+    assert f"output '{file}' is a file of the input" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_a_run_without_record(options, tmp_path, capsys):
     output = tmp_path / "run"
     assert cli.main(["train", *options, "--no-record", "--report", "--output", str(output)]) == 1
