@@ -15,6 +15,10 @@ ROWS = [
 ]
 
 
+def record(output):
+    return [json.loads(line) for line in (output / "record" / "samples.jsonl").open()]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a tiny random model and a tokenizer of bytes."""

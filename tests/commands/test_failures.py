@@ -177,49 +177,6 @@ def test_interrupt_ends_with_130(monkeypatch):
     assert command_line(["info"]) == 130
 
 
-def test_a_folder_without_a_run_is_not_resumed(options, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    assert cli.main(["train", *options, "--output", str(other), "--resume"]) == 1
-    assert f"nothing to resume: {other} has neither options.json nor a checkpoint" in capsys.readouterr().err
-    assert [f.name for f in other.iterdir()] == ["notes.txt"]
-
-
-def test_a_run_is_resumed_with_its_own_options_alone(options, data, tmp_path, capsys):
-    """Other data, model, seed, pool or ratios went on under the old optimizer, and --learning-rate had no effect."""
-    output = tmp_path / "run"
-    arguments = ["train", "--output", str(output)]
-    assert cli.main([*arguments, *options, "--max-steps", "1", "--batch-size", "8"]) == 0
-    files = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
-    other = shutil.copy(data, tmp_path / "other.jsonl")
-    changes = {"--data": other, "--model": "./other", "--seed": "7", "--batch-size": "4", "--sample-ratio": "0.5"}
-    changes |= {"--token-ratio": "0.9", "--lora-rank": "2", "--learning-rate": "0.1", "--eval-share": "0.5"}
-    for option, changed in changes.items():
-        assert cli.main([*arguments, "--resume", option, str(changed)]) == 1
-        error = capsys.readouterr().err
-        assert f"error: {option} is " in error
-        assert f"and the run in '{output}' has " in error
-    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
-    assert cli.main([*arguments, "--resume"]) == 0
-    assert f"the run in {output} is finished" in capsys.readouterr().out
-    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
-    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 0
-
-
-def test_a_data_file_that_was_edited_is_not_gone_on_with(options, data, tmp_path, capsys):
-    """The same option, other samples: the order of what is left was made for those before."""
-    file = Path(shutil.copy(data, tmp_path / "own.jsonl"))
-    arguments = ["train", *options, "--data", str(file), "--output", str(tmp_path / "run"), "--eval-share", "0.1"]
-    assert cli.main([*arguments, "--max-steps", "1"]) == 0
-    rows = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(rows[1:]))
-    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 1
-    assert f"other samples than those that the run in '{tmp_path}/run' began with" in capsys.readouterr().err
-    file.write_text("".join(rows))
-    assert cli.main([*arguments, "--resume", "--max-steps", "2"]) == 0
-
-
 def test_one_process_in_an_output_folder(options, tmp_path, capsys):
     output = tmp_path / "run"
     script = (
