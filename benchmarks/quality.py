@@ -86,10 +86,10 @@ def append(path: Path, setting: Setting, points: list[dict]) -> None:
     rows = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
     for file, added in ((samples, lists), (path, rows)):  # a run counts as finished by its rows in the second
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = not file.exists()
+        stored = stored_rows(file)
         with file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, list(added[0]), lineterminator="\n")
-            if new:
+            writer = csv.DictWriter(stream, list(stored[0] if stored else added[0]), lineterminator="\n")
+            if not stored:
                 writer.writeheader()
             writer.writerows(added)
 

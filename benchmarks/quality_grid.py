@@ -187,6 +187,8 @@ def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> f
     stored = list(rows)
     here = [row for row in stored if row["machine"] == machine]
     for row in here or stored:
+        if not row["run_minutes"]:
+            continue
         other = setting_of(row)
         if (
             replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)

@@ -126,6 +126,16 @@ def row(setting, minutes=2.0, machine="here", nll=1.0, step=None):
     return values | {"run_minutes": str(minutes), "machine": machine, "nll": str(nll), "step": str(step)}
 
 
+def test_a_row_stands_under_the_columns_of_those_before_it(tmp_path):
+    lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True]}
+    for point in ({"step": 4, "machine": "here", "minutes": 2.0}, {"minutes": 3.0, "machine": "there", "step": 5}):
+        quality.append(tmp_path / "quality.csv", BASE, [point | lists])
+    rows = [(row["step"], row["machine"], row["minutes"]) for row in read_rows(tmp_path / "quality.csv")]
+    assert rows == [("4", "here", "2"), ("5", "there", "3")]
+    with pytest.raises(ValueError, match="unknown"):
+        quality.append(tmp_path / "quality.csv", BASE, [{"unknown": 1, "step": 4} | lists])
+
+
 def test_a_row_gives_its_setting_back():
     setting = replace(BASE, options='{"q": 0.5}', learning_rate=5e-5, token_ratio=0.5)
     assert quality_grid.setting_of(row(setting)) == setting
@@ -138,6 +148,7 @@ def test_the_minutes_of_a_run_are_those_of_its_like():
     elsewhere = [row(replace(BASE, seed=4), 100.0, "elsewhere")]
     assert quality_grid.minutes(BASE, like + elsewhere, "here") == 4.0
     assert quality_grid.minutes(BASE, elsewhere, "here") == 100.0
+    assert quality_grid.minutes(BASE, [*like, row(replace(BASE, seed=5), "")], "here") == 4.0  # not known
     other = replace(BASE, policy="random", steps=8)
     assert quality_grid.minutes(other, like, "here") == pytest.approx(10.0)  # by the longest, per step
     assert quality_grid.minutes(other, [], "here") is None

@@ -1,7 +1,6 @@
 """`qtuning train --resume`: what goes on, what is finished, and what is refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,13 +23,6 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def run_in_process(arguments, **environment):
-    command = [sys.executable, "-m", "qtuning_kernels", *arguments]
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.mark.parametrize("killed_after", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_after):
     """Before the first checkpoint, and behind one. The run has 12 steps.
@@ -41,7 +33,8 @@ def test_killed_and_resumed_is_as_if_uninterrupted(options, tmp_path, killed_aft
     arguments = [*options, "--batch-size", "8", "--epochs", "4", "--save-steps", "3", "--learning-rate", "0.01"]
     arguments += ["--matmul", "default", "--score-dtype", "model"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = run_in_process(["train", *arguments, "--output", str(broken)])
+    command = [sys.executable, "-m", "qtuning_kernels", "train", *arguments, "--output", str(broken)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     steps = broken / "record" / "steps.jsonl"
     while process.poll() is None:
         if steps.exists() and steps.read_bytes().count(b"\n") >= killed_after:
