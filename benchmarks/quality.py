@@ -64,15 +64,14 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
     for name in ("data", "other"):
         if inputs[name] is not None:
             inputs[name] = str(Path(inputs[name]).resolve())
-    if options.quick:
-        inputs |= {"records": 512, "held_out": 64}
     return Inputs(model, **inputs)
 
 
 def base_setting(options: argparse.Namespace, inputs: Inputs) -> Setting:
     data = grids.GENERATED if inputs.data is None else Path(inputs.data).parent.name + "/" + Path(inputs.data).stem
     steps = grids.FULL.steps if inputs.data is None else grids.FULL_OF_FILE.steps
-    return Setting(data, "clean", "full", 1.0, 1.0, 0, 0.0, steps, records=inputs.records, held_out=inputs.held_out)
+    sizes = {"records": 512, "held_out": 64} if options.quick else {}
+    return Setting(data, "clean", "full", 1.0, 1.0, 0, 0.0, steps, **sizes)
 
 
 def append(path: Path, setting: Setting, points: list[dict]) -> None:

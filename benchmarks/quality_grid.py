@@ -10,6 +10,8 @@ from typing import NamedTuple
 RATES = (5e-5, 1e-4, 2e-4)
 SEEDS = (0, 1, 2)
 GENERATED = "tasks"  # the name of the generated data
+RECORDS = 1024  # of training, for one epoch
+FEW_RECORDS = 256  # for four
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,6 @@ class Inputs:
         data: a file, or None for the generated tasks; `prompt_field`, `completion_field` and `result_mark`, which
             stands before the final result of an answer, describe it.
         other: a text file, for what is forgotten; None: a story that reasoning-gym brings.
-        records, held_out: how many, of training and of evaluation.
         cutoff: most tokens of a sample.
     """
 
@@ -31,14 +32,17 @@ class Inputs:
     completion_field: str = "answer"
     result_mark: str = ""
     other: str | None = None
-    records: int = 1024
-    held_out: int = 96
     cutoff: int = 512
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What tells one run from another. `options` is the policy's, as JSON."""
+    """What tells one run from another.
+
+    Attributes:
+        records, held_out: how many, of training and of evaluation.
+        options: fields of `QTuningConfig` and options of the policy by name, as JSON.
+    """
 
     data: str
     condition: str
@@ -49,7 +53,7 @@ class Setting:
     learning_rate: float
     steps: int
     pool: int = 16
-    records: int = 1024
+    records: int = RECORDS
     held_out: int = 96
     options: str = "{}"
 
@@ -87,17 +91,22 @@ EAFT = Variant("eaft", 1.0)
 QTUNING = Variant("qtuning", token_ratio=0.5)
 QTUNING_SAMPLES = Variant("qtuning")
 RESIDUAL = Variant("qtuning_residual", token_ratio=0.5)
+KEEP_HIGH = QTUNING._replace(options='{"token_order": "keep_high"}')
+DROP = QTUNING._replace(options='{"token_mode": "drop"}')
+FLOAT32_SCORES = QTUNING_SAMPLES._replace(options='{"score_dtype": "float32"}')
+RESCORE = tuple(QTUNING_SAMPLES._replace(options=f'{{"rescore_every": {epochs}}}') for epochs in (2, 4))
 PRUNING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL, LONGEST, ENTROPY)
 
 
 class Stage(NamedTuple):
-    """Runs of equal value: every variant × condition × seed, at that share of the samples or the variant's own, and at
-    the rate that was chosen or at the others."""
+    """Runs of equal value: every variant × condition × seed, at that share of the samples or the variant's own, at the
+    rate that was chosen or at the others, and on that many records or as many as the data has."""
 
     variants: tuple[Variant, ...]
     conditions: tuple[str, ...]
     sample_ratio: float | None = None
     other_rates: bool = False
+    records: int | None = None
 
 
 TELLING = (RANDOM, QTUNING, QTUNING_SAMPLES, RESIDUAL)
@@ -106,6 +115,9 @@ GENERATED_STAGES = (
     Stage(PRUNING, ("clean", "exchanged40")),  # a conclusion takes two conditions
     Stage(PRUNING, ("duplicates50",)),
     Stage((FULL,), ("clean", "exchanged40", "duplicates50")),
+    Stage((KEEP_HIGH, DROP), ("clean", "exchanged40")),
+    Stage((RANDOM, QTUNING_SAMPLES, *RESCORE), ("clean",), records=FEW_RECORDS),
+    Stage((FLOAT32_SCORES,), ("clean",)),
     Stage(TELLING, ("trivial50", "mixed")),
     Stage((RANDOM, QTUNING, QTUNING_SAMPLES), ("clean",), other_rates=True),
     Stage((INFOBATCH, DFT, EAFT), ("clean", "exchanged40", "duplicates50")),
@@ -115,7 +127,8 @@ GENERATED_STAGES = (
 # samples of a natural data set are some five times as long
 FULL_OF_FILE = FULL._replace(steps=30)
 FILE_STAGES = (
-    Stage(TELLING, ("clean", "exchanged40")),
+    Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("clean", "exchanged40")),
+    Stage((RESIDUAL,), ("clean", "exchanged40")),
     Stage((FULL_OF_FILE,), ("clean", "exchanged40")),
     Stage((LONGEST, ENTROPY), ("clean", "exchanged40")),
 )
@@ -142,6 +155,7 @@ def grid(base: Setting, stages: Iterable[Stage], seeds: Iterable[int] = SEEDS) -
             steps=min(variant.steps, base.steps) if stage.sample_ratio else variant.steps,
             seed=seed,
             learning_rate=rate,
+            records=stage.records or base.records,
         )
         for stage in stages
         for rate in (

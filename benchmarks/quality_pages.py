@@ -1,5 +1,7 @@
 """The tables and pictures of docs/quality.md, from the two CSV files alone."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,33 +10,43 @@ import numpy as np
 
 from benchmarks.common import RESULTS, ROOT, fill, markdown, read_rows
 from benchmarks.quality_data import CONDITIONS, KINDS
+from benchmarks.quality_grid import RECORDS
 from benchmarks.quality_statistics import Curve, Difference, at_equal_steps, at_equal_time, curves
 
 BASELINE = "random"
 SMALLEST = 0.125
 STEPS = 60  # after which the tables of measures take their numbers, or at the end of a shorter run
 WHOLE = "qtuning, whole samples"
+KEEP_HIGH, DROP = "qtuning, token_order=keep_high", "qtuning, token_mode=drop"
 # the questions of docs/quality.md, first against second
 QUESTIONS = (
     (1, "qtuning", BASELINE), (2, WHOLE, BASELINE), (3, "qtuning", WHOLE), (4, "qtuning_residual", "qtuning"),
     (5, "longest", BASELINE), (5, "entropy", BASELINE), (6, BASELINE, "full"), (7, "infobatch", "full"),
-    (7, "dft", "full"), (7, "eaft", "full"),
+    (7, "dft", "full"), (7, "eaft", "full"), (8, KEEP_HIGH, "qtuning"), (8, KEEP_HIGH, WHOLE), (9, DROP, "qtuning"),
+    (10, f"{WHOLE}, rescore_every=2", WHOLE), (10, f"{WHOLE}, rescore_every=4", WHOLE),
+    (11, f"{WHOLE}, score_dtype=float32", WHOLE),
 )  # fmt: skip
 PAGE = ROOT / "docs" / "quality.md"
 # a colour for each, the same in every picture
 COLORS = {
     "full": "#000000", "random": "#999999", "longest": "#56B4E9", "entropy": "#0072B2", "infobatch": "#F0E442",
     "dft": "#CC79A7", "eaft": "#882255", "qtuning": "#D55E00", WHOLE: "#E69F00",
-    "qtuning_residual": "#009E73",
+    "qtuning_residual": "#009E73", KEEP_HIGH: "#8C564B", DROP: "#17BECF",
 }  # fmt: skip
 
 
 def label(curve: Curve) -> str:
-    """A policy as the tables name it; its token ratio where it is not the policy's own."""
+    """A policy as the tables name it, with what is set otherwise than by default."""
     setting = curve.setting
-    of_policy = "" if setting.options == "{}" else f" {setting.options}"
-    whole = ", whole samples" if setting.policy.startswith("qtuning") and setting.token_ratio == 1 else ""
-    return f"{setting.policy}{of_policy}{whole}"
+    whole = ["whole samples"] if setting.policy.startswith("qtuning") and setting.token_ratio == 1 else []
+    options = [f"{name}={value}" for name, value in json.loads(setting.options).items()]
+    return ", ".join([setting.policy, *whole, *options])
+
+
+def data_of(curve: Curve) -> str:
+    """The data as the tables name it, with the number of records where it is not the usual one."""
+    setting = curve.setting
+    return setting.data if setting.records == RECORDS else f"{setting.data}, {setting.records} records"
 
 
 def budget(curve: Curve) -> float:
@@ -78,7 +90,7 @@ def grouped(found: list[Curve]) -> Groups:
     """By data, share of the samples and condition, then by policy: its seeds. Runs at the rate of most, only."""
     groups: Groups = {}
     for curve in found:
-        key = curve.setting.data, budget(curve), curve.setting.condition
+        key = data_of(curve), budget(curve), curve.setting.condition
         groups.setdefault(key, {}).setdefault(label(curve), []).append(curve)
     return dict(sorted(groups.items(), key=lambda item: (item[0][:2], list(CONDITIONS).index(item[0][2]))))
 
@@ -233,7 +245,8 @@ def draw(path: Path) -> None:
     for data, ratio in dict.fromkeys(key[:2] for key in groups):
         own = {key: policies for key, policies in groups.items() if key[:2] == (data, ratio)}
         for what, plot in {"seconds": plot_over_seconds, "planted": plot_planted}.items():
-            picture = path.with_name(f"{path.stem}_{data.replace('/', '_')}_{1000 * ratio:.0f}_{what}.png")
+            name = re.sub(r"\W+", "_", data)
+            picture = path.with_name(f"{path.stem}_{name}_{1000 * ratio:.0f}_{what}.png")
             if plot(own, picture):
                 pictures.append(picture)
     print("drawn", *pictures)

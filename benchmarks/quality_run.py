@@ -22,12 +22,15 @@ WARM_UP_STEPS = 6
 def qtuning_config(setting: Setting) -> Any:
     from qtuning_kernels import QTuningConfig
 
+    options = json.loads(setting.options)
+    fields = {name: options.pop(name) for name in list(options) if name in QTuningConfig.__dataclass_fields__}
     return QTuningConfig(
         policy=setting.policy,
-        policy_options=json.loads(setting.options),
+        policy_options=options,
         sample_ratio=setting.sample_ratio,
         token_ratio=setting.token_ratio,
         record_tokens=0,
+        **fields,
     )
 
 
@@ -98,7 +101,7 @@ def run(setting: Setting, inputs: Inputs) -> list[dict[str, Any]]:
 
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     tokenizer.chat_template = CHAT_TEMPLATE
-    sizes = inputs.records, inputs.held_out, setting.seed
+    sizes = setting.records, setting.held_out, setting.seed
     if inputs.data is None:
         train, held_out = generated_split(*sizes)
     else:

@@ -75,6 +75,20 @@ class Curve(NamedTuple):
         """Of the last point after at most that many steps."""
         return int(np.flatnonzero(self.steps <= step)[-1])
 
+    @property
+    def machine(self) -> str:
+        """That made the run."""
+        return self.rows[-1]["machine"]
+
+    def on_machine(self, machine: str, seeds: list["Curve"]) -> "Curve | None":
+        """The curve with the seconds a step took other seeds of the same policy on that machine; None without one."""
+        if self.machine == machine:
+            return self
+        there = [curve.cpu_seconds[-1] / curve.steps[-1] for curve in seeds if curve.machine == machine]
+        if not there:
+            return None
+        return self._replace(cpu_seconds=self.cpu_seconds * np.mean(there) * self.steps[-1] / self.cpu_seconds[-1])
+
     def at_seconds(self, seconds: float) -> Floats:
         """``[B]``: the nll of each sample at that time, on the line between the points around it."""
         return np.array([np.interp(seconds, self.cpu_seconds, column) for column in self.nll.T])
@@ -125,14 +139,25 @@ def at_equal_steps(first: list[Curve], second: list[Curve], what: str = "nll") -
 
 
 def at_equal_time(first: list[Curve], second: list[Curve]) -> Difference | None:
-    """The difference in nll when the first of the two has used up its time, seed by seed."""
-    pairs = _pairs(first, second)
+    """The difference in nll when the first of the two has used up its time, seed by seed, in seconds of one processor.
+    A seed whose two runs cannot be had on one is left out."""
+    pairs = [_on_one_machine(*pair, first, second) for pair in _pairs(first, second)]
+    pairs = [pair for pair in pairs if pair is not None]
     if not pairs:
         return None
     times = [min(a.cpu_seconds[-1], b.cpu_seconds[-1]) for a, b in pairs]
     left = np.stack([a.at_seconds(t) for (a, _), t in zip(pairs, times, strict=True)])
     right = np.stack([b.at_seconds(t) for (_, b), t in zip(pairs, times, strict=True)])
     return paired_difference(left, right, pairs[0][0].tokens)
+
+
+def _on_one_machine(a: Curve, b: Curve, first: list[Curve], second: list[Curve]) -> tuple[Curve, Curve] | None:
+    """The two in seconds of one machine: a run that another made takes those of the same policy's other seeds."""
+    for machine in dict.fromkeys((a.machine, b.machine)):
+        pair = a.on_machine(machine, first), b.on_machine(machine, second)
+        if pair[0] is not None and pair[1] is not None:
+            return pair[0], pair[1]
+    return None
 
 
 def _pairs(first: list[Curve], second: list[Curve]) -> list[tuple[Curve, Curve]]:

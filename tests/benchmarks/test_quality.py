@@ -16,7 +16,7 @@ from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, gener
 from benchmarks.quality_grid import Inputs, Setting
 from benchmarks.quality_measures import result_tokens, token_measures
 from benchmarks.quality_run import counts_until, qtuning_config, run
-from benchmarks.quality_statistics import curves, paired_difference
+from benchmarks.quality_statistics import Curve, at_equal_time, curves, paired_difference
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.pruning.policies import make_policy
 from tests.tiny_tokenizer import byte_tokenizer
@@ -118,6 +118,32 @@ def test_a_difference_is_a_ratio_of_sums_over_tokens():
     assert found.mean == pytest.approx(1.75)
     assert found.low >= min(1.0, 4 / 3) - 1e-9  # the least that a draw of one sample and one seed can give
     assert not found.shown  # two seeds show nothing
+
+
+def curve(seed, machine, seconds):
+    """nll of two records that falls from 2 to 0 in 4 steps, which take so many seconds."""
+    nll = np.array([[2.0, 2.0], [0.0, 0.0]])
+    rows = [{"machine": machine}]
+    times = np.array([0.0, seconds])
+    return Curve(replace(BASE, seed=seed), np.array([0.0, 4.0]), times, nll, np.ones(2), nll, rows)
+
+
+def test_equal_time_is_that_of_one_processor():
+    """The second policy is as good per step and twice as fast; one of its seeds was run where all takes ten times as
+    long. By the clock alone that seed would lie 1.6 nats behind the first policy and not 1 ahead."""
+    first = [curve(seed, "one", 20.0) for seed in (0, 1)]
+    found = at_equal_time([curve(0, "one", 10.0), curve(1, "two", 100.0)], first)
+    assert found.by_seed == pytest.approx((-1.0, -1.0))
+    alone = at_equal_time([curve(0, "two", 100.0)], first)
+    assert alone is None  # there is no run that says how long it takes on the other
+    assert at_equal_time([curve(0, "two", 100.0), curve(1, "one", 10.0)], first[:1]).by_seed == pytest.approx((-1.0,))
+
+
+def test_options_of_the_settings_and_of_the_policy_find_their_place():
+    config = qtuning_config(replace(BASE, policy="qtuning", options='{"token_mode": "drop", "rescore_every": 2}'))
+    assert (config.token_mode, config.rescore_every, dict(config.policy_options)) == ("drop", 2, {})
+    config = qtuning_config(replace(BASE, policy="beyond_ll", options='{"q": 0.5}'))
+    assert dict(config.policy_options) == {"q": 0.5}
 
 
 def row(setting, minutes=2.0, machine="here", nll=1.0, step=None):
@@ -250,8 +276,6 @@ def inputs(tmp_path):
         str(tmp_path / "data.jsonl"),
         result_mark=":",
         other=str(tmp_path / "other.txt"),
-        records=24,
-        held_out=6,
     )
 
 
