@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +16,21 @@ MARK = "\U000f5a3c"  # a private character; stands in special tokens that the da
 Span = tuple[int, int]  # characters [start, end) of a rendered conversation
 
 
-def refuse_dropped_tools(messages: list[Message], tools: list[Any] | None, text: str) -> None:
-    """Raise `DataError` if the text names not all tools that are declared or called: the template drops them."""
-    calls = (call for message in messages for call in message.get("tool_calls") or ())
-    for tool in (*(tools or ()), *calls):
+def refuse_dropped_tools(messages: list[Message], tools: list[Any] | None, render: Callable[..., Any]) -> None:
+    """Raise `DataError` if the text lacks a tool that is declared or called: the template drops it.
+
+    Asked of names that no text has: those that the record gives may stand in a question, too.
+    """
+    renamed, declared = deepcopy((messages, tools))
+    calls = (call for message in renamed for call in message.get("tool_calls") or ())
+    names = {}
+    for tool in (*(declared or ()), *calls):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if str(function.get("name")) not in text:
-            raise DataError(f"the model's chat template drops the tool {function.get('name')!r}")
+        names[f"renamed_{len(names)}_"] = function.get("name")
+        function["name"] = f"renamed_{len(names) - 1}_"
+    text = render(renamed, declared)[0] if names else ""
+    if dropped := [name for unique, name in names.items() if unique not in text]:
+        raise DataError(f"the model's chat template drops the tool {dropped[0]!r}")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:

@@ -160,7 +160,7 @@ def _render_all(
                 if isinstance(content := message.get("content"), str):
                     message["content"] = special.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)
             text, spans = renderer.render(messages, tools)
-            refuse_dropped_tools(messages, tools, text)
+            refuse_dropped_tools(messages, tools, renderer.render)
             text.encode()  # the tokenizer cannot take half a surrogate pair, which JSON can spell
         except (DataError, TemplateError, UnicodeEncodeError) as error:
             reason = _reason(error, row, shape)

@@ -346,11 +346,19 @@ UNUSABLE = {
         {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat"}]},
         "message 1 has the placeholder <image>",
     ),
+    "audio column": ({"audio": {"path": "a.wav"}, **GOOD}, "column 'audio' is not empty"),
+    "video column": ({"videos": ["a.mp4"], **GOOD}, "column 'videos' is not empty"),
+    "placeholder of a sound": ({"prompt": "<audio>What is said?", "completion": "b"}, "has the placeholder <audio>"),
+    "placeholder at the end": ({"prompt": "What is shown?\n<video>", "completion": "b"}, "has the placeholder <video>"),
     "image part": (
         {"messages": chat(("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ("assistant", "4"))},
         "message 1 has a content part of type 'image_url'; accepted: 'text'",
     ),
     "dropped call": ({"messages": CALLED}, "the model's chat template drops the tool 'add'"),
+    "dropped call of a tool that the question names": (
+        {"messages": [{"role": "user", "content": "Please add 2 and 2."}, *CALLED[1:]]},
+        "the model's chat template drops the tool 'add'",
+    ),
     "dropped tools": (
         {"messages": chat(("user", "q"), ("assistant", "a")), "tools": [ADD]},
         "the model's chat template drops the tool 'add'",
