@@ -6,17 +6,31 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qtuning_kernels.commands.inputs import load_model
+from qtuning_kernels.commands.options import DEFAULTS
 from qtuning_kernels.files import share
 from qtuning_kernels.models.collectives import gather
 
 OPTIONS_FILE = "options.json"  # in the output folder; what a resumed run goes on with
 SUMMARY_FILE = "summary.json"
-# what a resumed run may have otherwise: how far it goes, and what it writes on the way
-_MAY_CHANGE = ("epochs", "max_steps", "save_steps", "save_total_limit", "report", "report_to", "record", "tag_field")
+# what a resumed run may have otherwise: how far it goes, what it writes on the way, and where its memory goes
+_MAY_CHANGE = {
+    *("epochs", "max_steps", "save_steps", "save_total_limit", "report", "report_to", "record", "tag_field"),
+    *(
+        "eval_steps",
+        "eval_strategy",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "log_level",
+        "run_name",
+    ),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
+}
 _LOCK_FILE, _DIGEST_FILE = ".lock", "samples.sha256"
 _held: list[tuple[Path, int]] = []  # the lock on the output folder of this process, for as long as it lives
 
@@ -61,13 +75,23 @@ def prepare_output(
 
 def _refuse_other_options(file: Path, asked: Mapping[str, Any]) -> None:
     """Raise ValueError if the run was started with other options than `asked`, but for those that may change."""
-    started = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for name, value in json.loads(json.dumps(asked, default=str)).items():
+    if not file.exists():
+        return
+    from transformers import TrainingArguments
+
+    # of which a run that was not given them has the defaults
+    defaults = {field.name: DEFAULTS.get(field.name, field.default) for field in fields(TrainingArguments)}
+    started = _as_json(defaults) | json.loads(file.read_text(encoding="utf-8"))
+    for name, value in _as_json(asked).items():
         if name in started and name not in _MAY_CHANGE and value != started[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {value!r}, and the run in {str(file.parent)!r} has {started[name]!r}; "
                 "accepted: the same, or another --output"
             )
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))
 
 
 def refuse_other_samples(output: Path, samples: Any) -> None:

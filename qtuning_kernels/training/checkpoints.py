@@ -31,8 +31,12 @@ def _defect(folder: Path) -> str | None:
     """What keeps a run from going on from this checkpoint: a file that is missing or cut short."""
     if not (folder / "trainer_state.json").exists():  # Trainer writes it last
         return "trainer_state.json is missing"
-    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
-        return "optimizer.pt is missing"
+    if not any(folder.glob("global_step*")):  # DeepSpeed's optimizer and schedule
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if not any(folder.glob(f"{Path(name).stem}*")):  # FSDP's have other endings
+                return f"{name} is missing"
+    if not any(folder.glob("rng_state*.pth")):  # Trainer would go on with other random numbers
+        return "rng_state.pth is missing"
     for file in sorted(folder.rglob("*")):
         try:
             if file.suffix == ".json":

@@ -1,5 +1,6 @@
 """The command line: how each failure ends."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtuning_kernels.__main__ import main as command_line
-from qtuning_kernels.commands import cli
+from qtuning_kernels.commands import cli, train
 from qtuning_kernels.commands.terminal import program
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -187,6 +188,11 @@ def test_one_process_in_an_output_folder(options, tmp_path, capsys):
         assert first.stdout.readline() == "held\n"
         assert cli.main(["train", *options, "--output", str(output)]) == 1
         assert f"output '{output}' is in use by process {first.pid}" in capsys.readouterr().err
+        own = train._options(cli.parse(["train", *options]))
+        (output / "options.json").write_text(json.dumps(own, default=str))
+        assert cli.main(["train", "--output", str(output), "--resume"]) == 1
+        assert f"output '{output}' is in use by process {first.pid}" in capsys.readouterr().err
+        (output / "options.json").unlink()
         first.kill()
     assert cli.main(["train", *options, "--output", str(output), "--max-steps", "1"]) == 0  # a kill leaves no lock
 

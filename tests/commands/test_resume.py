@@ -70,6 +70,16 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(options, tmp_path, capsys
     assert json.loads(files[0].read_text())["steps"] == 3
 
 
+def test_a_finished_run_goes_on_for_more_epochs(options, tmp_path):
+    output = tmp_path / "run"
+    assert cli.main(["train", *options, "--output", str(output), "--epochs", "1"]) == 0
+    assert json.loads((output / "summary.json").read_text())["steps"] == 2
+    assert cli.main(["train", "--output", str(output), "--resume", "--epochs", "2", "--gradient-checkpointing"]) == 0
+    assert json.loads((output / "summary.json").read_text())["steps"] == 4
+    seen = [row["id"] for row in record(output)]
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
+
+
 def test_a_finished_run_without_its_checkpoints_is_not_made_again(options, tmp_path, capsys):
     """They may be deleted, as the page for laptops says; the final model went with a run from the beginning."""
     output = tmp_path / "run"
@@ -87,16 +97,18 @@ def test_a_finished_run_without_its_checkpoints_is_not_made_again(options, tmp_p
 def test_a_checkpoint_that_lacks_a_file_or_part_of_one_is_passed_over(options, tmp_path):
     output = tmp_path / "run"
     arguments = ["train", *options, "--output", str(output), "--save-steps", "1", "--save-total-limit", "9"]
-    assert cli.main([*arguments, "--max-steps", "5"]) == 0
-    newest = [output / f"checkpoint-{step}" for step in (5, 4, 3, 2)]
-    (newest[0] / "optimizer.pt").unlink()
-    for file in (newest[1] / "model.safetensors", newest[2] / "scheduler.pt", newest[3] / "trainer_state.json"):
+    assert cli.main([*arguments, "--max-steps", "7"]) == 0
+    newest = [output / f"checkpoint-{step}" for step in range(7, 1, -1)]
+    missing = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    cut = ["model.safetensors", "scheduler.pt", "trainer_state.json"]
+    for folder, name in zip(newest[:3], missing, strict=True):
+        (folder / name).unlink()
+    for file in (folder / name for folder, name in zip(newest[3:], cut, strict=True)):
         file.write_bytes(file.read_bytes()[:-100])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert latest_checkpoint(output) == output / "checkpoint-1"
-    defects = ["optimizer.pt is missing", *(f"{name} is cut short" for name in ("model.safetensors", "scheduler.pt"))]
-    defects.append("trainer_state.json is cut short")
+    defects = [*(f"{name} is missing" for name in missing), *(f"{name} is cut short" for name in cut)]
     told = [str(warning.message) for warning in caught]
     assert told == [
         f"{folder} is incomplete and passed over: {defect}" for folder, defect in zip(newest, defects, strict=True)
@@ -121,6 +133,7 @@ def test_a_run_is_resumed_with_its_own_options_alone(options, data, tmp_path, ca
     other = shutil.copy(data, tmp_path / "other.jsonl")
     changes = {"--data": other, "--model": "./other", "--seed": "7", "--batch-size": "4", "--sample-ratio": "0.5"}
     changes |= {"--token-ratio": "0.9", "--lora-rank": "2", "--learning-rate": "0.1", "--eval-share": "0.5"}
+    changes |= {"--weight-decay": "0.1", "--lr-scheduler-type": "linear"}  # not given before; the checkpoint's win
     for option, changed in changes.items():
         assert cli.main([*arguments, "--resume", option, str(changed)]) == 1
         error = capsys.readouterr().err
