@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtuning_kernels.__main__ import main as command_line
 from qtuning_kernels.commands import cli
 from qtuning_kernels.training.checkpoints import latest_checkpoint
 
@@ -113,6 +114,52 @@ def test_a_checkpoint_that_lacks_a_file_or_part_of_one_is_passed_over(options, t
     assert told == [
         f"{folder} is incomplete and passed over: {defect}" for folder, defect in zip(newest, defects, strict=True)
     ]
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(options, tmp_path, monkeypatch, capsys):
+    """Its optimizer lies on the device that is always full; the run ends in a line, and goes on from the one before."""
+    from transformers import Trainer
+
+    output, save = tmp_path / "run", Trainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if Path(folder).name == "checkpoint-2":
+            (Path(folder) / "optimizer.pt").symlink_to("/dev/full")
+        return save(self, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        assert cli.main(["train", *options, "--output", str(output), "--save-steps", "1", "--max-steps", "3"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("qtuning: error: no space is left on the disk; what was complete stays")
+    assert not (output / "final").exists()
+    (output / "checkpoint-2" / "optimizer.pt").unlink()  # there is space again
+    assert cli.main(["train", "--output", str(output), "--resume"]) == 0
+    assert json.loads((output / "summary.json").read_text())["steps"] == 3
+
+
+def test_an_interrupted_run_ends_in_a_line_and_goes_on(options, tmp_path, monkeypatch, capsys):
+    from qtuning_kernels.commands.panel import RunPanel
+
+    output, on_step_end = tmp_path / "run", RunPanel.on_step_end
+
+    def interrupted(self, arguments, state, *rest, **more):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return on_step_end(self, arguments, state, *rest, **more)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process has it ignored
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(RunPanel, "on_step_end", interrupted)
+            arguments = ["--output", str(output), "--save-steps", "1", "--max-steps", "3"]
+            assert command_line(["train", *options, *arguments]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.splitlines()[-1] == "qtuning: interrupted"
+    assert cli.main(["train", "--output", str(output), "--resume"]) == 0
+    assert json.loads((output / "summary.json").read_text())["steps"] == 3
 
 
 def test_a_folder_without_a_run_is_not_resumed(options, tmp_path, capsys):
