@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qtuning_kernels.__main__ import main as command_line
 from qtuning_kernels.commands import cli, train
 from qtuning_kernels.commands.terminal import program
+from tests.models.tiny_architectures import tiny_architecture
 from tests.tiny_tokenizer import byte_tokenizer
 
 
@@ -230,6 +231,18 @@ def test_scores_of_nan_are_a_failure(options, model, tmp_path, capsys):
         assert cli.main([command, *options, "--model", str(with_nan(model, tmp_path / command))]) == 1
         assert "the model gives NaN for every sample" in capsys.readouterr().err
     assert not list(tmp_path.glob("plane.parquet")) + list(tmp_path.glob("selected.jsonl"))
+
+
+@pytest.mark.parametrize("command", ["score", "select", "train"])
+def test_a_model_that_sees_later_tokens_is_refused(command, options, tmp_path, capsys):
+    """transformers has its own lines about the model above."""
+    folder, tokenizer = tmp_path / "model", byte_tokenizer(None)
+    tiny_architecture("bert-generation", is_decoder=False, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert cli.main([command, *options, "--model", str(folder)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("qtuning: error: the logits of BertGenerationDecoder depend on later tokens; accepted: ")
+    assert not [*tmp_path.glob("plane.parquet"), *tmp_path.glob("selected.jsonl"), *tmp_path.glob("runs/*/record/s*")]
 
 
 def test_ratios_and_output_are_refused_before_the_model_is_loaded(options, monkeypatch, tmp_path, capsys):

@@ -14,6 +14,7 @@ import qtuning_kernels as qk
 from qtuning_kernels.data.collator import PoolCollator
 from qtuning_kernels.run_record.reader import read_record
 from qtuning_kernels.training.checkpoints import latest_checkpoint
+from tests.models.tiny_architectures import tiny_architecture
 from tests.tiny import PRUNING, tiny_model, tiny_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,11 +194,27 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(state)
-        torch.save({}, folder / "optimizer.pt")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
     with pytest.warns(UserWarning, match="checkpoint-10 is incomplete"):
         assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path / "checkpoint-5")
+
+
+def test_a_second_run_leaves_the_record_of_the_first(tmp_path):
+    """Into the same folder, not resumed: its rows took the place of the first run's."""
+    trainer(tmp_path, max_steps=2).train()
+    rows = (tmp_path / "record" / "samples.jsonl").read_bytes()
+    trainer(tmp_path, max_steps=1).train()
+    assert (tmp_path / "record.1" / "samples.jsonl").read_bytes() == rows
+    assert len(read_record(tmp_path / "record").steps) == 1
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    model = tiny_architecture("bert-generation", is_decoder=False, vocab_size=tiny_model().config.vocab_size)
+    with pytest.raises(ValueError, match="the logits of BertGenerationDecoder depend on later tokens"):
+        trainer(tmp_path, model).train()
 
 
 def test_evaluation_without_logits(tmp_path):
