@@ -35,11 +35,21 @@ _SIZES = {
 }
 _SIZE_OF = {name: size for names, size in _SIZES.items() for name in names.split()}
 _LATENT = {"qk_rope_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4}  # heads that share a compressed key
-_LATENT_TYPES = (
-    "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu dots3_note_text"
-)
-# what the sizes above contradict
+_LATENT_TYPES = "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 sarvam_mla youtu "
+    "dots3_note_text"
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+# what the sizes above contradict, and what the defaults leave out
 _OTHERS: dict[str, dict[str, Any]] = dict.fromkeys(_LATENT_TYPES.split(), _LATENT) | {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+             "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+              "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64,
+               "attention_head_dim": 16, "mamba_headdim": 8, "num_key_value_heads": 4},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": _LATENT | {"num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -52,7 +62,7 @@ _OTHERS: dict[str, dict[str, Any]] = dict.fromkeys(_LATENT_TYPES.split(), _LATEN
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 
 def tiny_configuration(model_type: str, **settings: Any) -> Any:
@@ -68,7 +78,15 @@ def tiny_configuration(model_type: str, **settings: Any) -> Any:
                 found[name] = _SIZE_OF[name]
         return found
 
-    return kind(**small(kind().to_dict()) | _OTHERS.get(model_type, {}) | settings)
+    return kind(**_merged(small(kind().to_dict()), _OTHERS.get(model_type, {})) | settings)
+
+
+def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """With those of `others` on top, part by part."""
+    nested = {
+        name: _merged(values[name], other) for name, other in others.items() if isinstance(values.get(name), dict)
+    }
+    return values | others | nested
 
 
 def tiny_architecture(model_type: str, **settings: Any) -> torch.nn.Module:
