@@ -96,7 +96,9 @@ def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = Fa
     for option, text in texts.items():
         name, metavar = option.split()
         group.add_argument(name, metavar=metavar, help=text)
-    group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: 2048)")
+    group.add_argument(
+        "--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: %(default)s)"
+    )
     group.add_argument("--skip-unusable", action="store_true", help="leave out unusable records, and count them")
     return group
 

@@ -29,12 +29,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog="example: qtuning train --data my.jsonl --output runs/mine",
     )
     options.add_config(parser)
-    positive, text = options.above(0, float), "also log to what transformers knows: tensorboard, … (default: none)"
+    positive, text = (
+        options.above(0, float),
+        "also log to what transformers knows: tensorboard, … (default: %(default)s)",
+    )
     parser.add_argument(
         "--output", "--output-dir", type=Path, metavar="FOLDER", help="new or empty (default: in runs/)"
     )
     parser.add_argument(
-        "--save-steps", type=positive, default=50, metavar="N", help="between checkpoints (default: 50)"
+        "--save-steps", type=positive, default=50, metavar="N", help="between checkpoints (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output as it was")
     options.add_settings(parser, ("record", "record_tokens"))
@@ -42,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--report", action="store_true", help="end with qtuning report, which draws the run")
     group = options.add_model_and_data(parser)
     group.add_argument("--eval-data", metavar="PATH|NAME", help="evaluated on before, at checkpoints, and after")
-    text = "share of --data to hold out instead (default: 0)"
+    text = "share of --data to hold out instead (default: %(default)g)"
     group.add_argument("--eval-share", type=float, default=0.0, metavar="X", help=text)
 
     group = parser.add_argument_group("pruning")
@@ -51,17 +54,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
-    count, text = partial(group.add_argument, type=options.above(0), metavar="N"), "pools per step (default: 1)"
-    count("--batch-size", "--per-device-train-batch-size", default=16, help="of a pool, per process (default: 16)")
+    count, text = (
+        partial(group.add_argument, type=options.above(0), metavar="N"),
+        "pools per step (default: %(default)s)",
+    )
+    count(
+        "--batch-size",
+        "--per-device-train-batch-size",
+        default=16,
+        help="of a pool, per process (default: %(default)s)",
+    )
     count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=text)
-    count("--epochs", "--num-train-epochs", type=positive, default=1.0, help="passes over the data (default: 1)")
+    count(
+        "--epochs", "--num-train-epochs", type=positive, default=1.0, help="passes over the data (default: %(default)g)"
+    )
     count("--max-steps", help="optimiser steps; wins over --epochs")
     text = f"highest rate (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})"
     count("--learning-rate", type=positive, metavar="LR", help=text)
-    count("--lora-rank", type=options.above(-1), default=0, help="of adapters (default: 0, all weights)")
+    count("--lora-rank", type=options.above(-1), default=0, help="of adapters (default: %(default)s, all weights)")
     count("--lora-target", type=options.text_or_json, metavar="A,B", help="layers with one (default: all-linear)")
     group.add_argument("--merge", action="store_true", help="add them into the final model's weights")
-    count("--seed", type=int, default=42, help="of everything random (default: 42)")
+    count("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
     group.add_argument("--bf16", action="store_true", help="under bfloat16 autocast; weights stay float32")
     text = "less memory, more time"
     group.add_argument("--gradient-checkpointing", action=options.FLAG, default=argparse.SUPPRESS, help=text)

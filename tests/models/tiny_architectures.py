@@ -35,8 +35,10 @@ _SIZES = {
 }
 _SIZE_OF = {name: size for names, size in _SIZES.items() for name in names.split()}
 _LATENT = {"qk_rope_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4}  # heads that share a compressed key
-_LATENT_TYPES = "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 sarvam_mla youtu "
+_LATENT_TYPES = (
+    "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 sarvam_mla youtu "
     "dots3_note_text"
+)
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 # what the sizes above contradict, and what the defaults leave out
 _OTHERS: dict[str, dict[str, Any]] = dict.fromkeys(_LATENT_TYPES.split(), _LATENT) | {
