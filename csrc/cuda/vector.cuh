@@ -90,32 +90,26 @@ QT_FUNCTION void store(float16* to, float x) { to->bits = uint16_t(pack(Pair{x, 
 QT_FUNCTION void store(float* to, float x) { *to = x; }
 QT_FUNCTION void store(double* to, double x) { *to = x; }
 
-// The larger ones of both halves, each NaN if one of its two is.
-QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, bfloat16) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  return word;
-#else
-  const Pair x = unpack(a, bfloat16{}), y = unpack(b, bfloat16{});
-  return pack(Pair{max_nan(x.x, y.x), max_nan(x.y, y.y)}, bfloat16{});
-#endif
-}
-QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, float16) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  return word;
-#else
-  const Pair x = unpack(a, float16{}), y = unpack(b, float16{});
-  return pack(Pair{max_nan(x.x, y.x), max_nan(x.y, y.y)}, float16{});
-#endif
-}
-
 template <typename T>
 constexpr bool kIsBfloat16 = false;
 template <>
 constexpr bool kIsBfloat16<bfloat16> = true;
+
+// The larger ones of both halves, each NaN if one of its two is.
+template <typename T>
+QT_FUNCTION uint32_t max_pair(uint32_t a, uint32_t b, T type) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  if constexpr (kIsBfloat16<T>)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+#else
+  const Pair x = unpack(a, type), y = unpack(b, type);
+  return pack(Pair{max_nan(x.x, y.x), max_nan(x.y, y.y)}, type);
+#endif
+}
 
 // elements in 16 bytes
 template <typename T>

@@ -22,9 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("model", nargs="?", metavar="[MODEL]", help="folder, or name on the hub; or the embedded one")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="YAML files of tasks")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write as well")
-    parser.add_argument(
-        "--batch-size", type=options.above(0), default=8, metavar="N", help="requests (default: %(default)s)"
-    )
+    text = f"requests {options.DEFAULT_TEXT}"
+    parser.add_argument("--batch-size", type=options.above(0), default=8, metavar="N", help=text)
     return parser
 
 

@@ -19,6 +19,7 @@ POLICY = ("policy", "policy_options", "sample_ratio", "triage_method")
 TOKEN_PRUNING = ("token_ratio", "neighbor_weight", "token_mode", "token_order", "neighbor_reduction")
 SCORING = ("score_dtype", "matmul", "score_batch_tokens")
 _METAVARS = {int: "N", float: "X"}
+DEFAULT_TEXT = "(default: %(default)s)"  # which argparse fills in
 FLAG: Any = argparse.BooleanOptionalAction
 # what --help leaves to --help-all
 RARE = {
@@ -96,9 +97,7 @@ def add_model_and_data(parser: argparse.ArgumentParser, *, positional: bool = Fa
     for option, text in texts.items():
         name, metavar = option.split()
         group.add_argument(name, metavar=metavar, help=text)
-    group.add_argument(
-        "--cutoff", type=int, default=2048, metavar="TOKENS", help="longest sample (default: %(default)s)"
-    )
+    group.add_argument("--cutoff", type=int, default=2048, metavar="TOKENS", help=f"longest sample {DEFAULT_TEXT}")
     group.add_argument("--skip-unusable", action="store_true", help="leave out unusable records, and count them")
     return group
 

@@ -30,9 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
             policy.source,
         ]
         for index, line in enumerate(filter(None, lines)):
-            indent = " " * width
-            print(
-                textwrap.fill(
-                    line, 100, initial_indent=indent if index else name.ljust(width), subsequent_indent=indent
-                )
-            )
+            first = " " * width if index else name.ljust(width)
+            print(textwrap.fill(line, 100, initial_indent=first, subsequent_indent=" " * width))

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     group = parser.add_argument_group("selection and computation")
     options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING, *options.SCORING))
     options.add_reference(group)
-    group.add_argument("--seed", type=int, default=42, help="of what a policy draws (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=42, help=f"of what a policy draws {options.DEFAULT_TEXT}")
     return parser
 
 

@@ -29,24 +29,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog="example: qtuning train --data my.jsonl --output runs/mine",
     )
     options.add_config(parser)
-    positive, text = (
-        options.above(0, float),
-        "also log to what transformers knows: tensorboard, … (default: %(default)s)",
-    )
+    positive, default = options.above(0, float), options.DEFAULT_TEXT
     parser.add_argument(
         "--output", "--output-dir", type=Path, metavar="FOLDER", help="new or empty (default: in runs/)"
     )
-    parser.add_argument(
-        "--save-steps", type=positive, default=50, metavar="N", help="between checkpoints (default: %(default)s)"
-    )
+    text = f"between checkpoints {default}"
+    parser.add_argument("--save-steps", type=positive, default=50, metavar="N", help=text)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output as it was")
     options.add_settings(parser, ("record", "record_tokens"))
+    text = f"also log to what transformers knows: tensorboard, … {default}"
     parser.add_argument("--report-to", type=options.text_or_json, default="none", metavar="NAME", help=text)
     parser.add_argument("--report", action="store_true", help="end with qtuning report, which draws the run")
     group = options.add_model_and_data(parser)
     group.add_argument("--eval-data", metavar="PATH|NAME", help="evaluated on before, at checkpoints, and after")
-    text = "share of --data to hold out instead (default: %(default)g)"
-    group.add_argument("--eval-share", type=float, default=0.0, metavar="X", help=text)
+    text = f"share of --data to hold out instead {default}"
+    group.add_argument("--eval-share", type=float, default=0, metavar="X", help=text)
 
     group = parser.add_argument_group("pruning")
     options.add_settings(group, (*options.POLICY, *options.TOKEN_PRUNING))
@@ -54,27 +51,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     options.add_settings(group, ("rescore_every", "selection_scope"))
 
     group = parser.add_argument_group("training")
-    count, text = (
-        partial(group.add_argument, type=options.above(0), metavar="N"),
-        "pools per step (default: %(default)s)",
-    )
-    count(
-        "--batch-size",
-        "--per-device-train-batch-size",
-        default=16,
-        help="of a pool, per process (default: %(default)s)",
-    )
-    count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=text)
-    count(
-        "--epochs", "--num-train-epochs", type=positive, default=1.0, help="passes over the data (default: %(default)g)"
-    )
+    count = partial(group.add_argument, type=options.above(0), metavar="N")
+    count("--batch-size", "--per-device-train-batch-size", default=16, help=f"of a pool, per process {default}")
+    count("--gradient-accumulation", "--gradient-accumulation-steps", default=1, help=f"pools per step {default}")
+    count("--epochs", "--num-train-epochs", type=positive, default=1, help=f"passes over the data {default}")
     count("--max-steps", help="optimiser steps; wins over --epochs")
     text = f"highest rate (default: {_FULL_RATE:g}, with LoRA {_LORA_RATE:g})"
     count("--learning-rate", type=positive, metavar="LR", help=text)
-    count("--lora-rank", type=options.above(-1), default=0, help="of adapters (default: %(default)s, all weights)")
+    count("--lora-rank", type=options.above(-1), default=0, help=f"of adapters, 0: all weights are trained {default}")
     count("--lora-target", type=options.text_or_json, metavar="A,B", help="layers with one (default: all-linear)")
     group.add_argument("--merge", action="store_true", help="add them into the final model's weights")
-    count("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
+    count("--seed", type=int, default=42, help=f"of everything random {default}")
     group.add_argument("--bf16", action="store_true", help="under bfloat16 autocast; weights stay float32")
     text = "less memory, more time"
     group.add_argument("--gradient-checkpointing", action=options.FLAG, default=argparse.SUPPRESS, help=text)
