@@ -64,8 +64,9 @@ class Setting:
 
     def __str__(self) -> str:
         of_policy = "" if self.options == "{}" else f" {self.options}"
+        records = "" if self.records == RECORDS else f" of {self.records}"
         return (
-            f"{self.data} {self.condition} {self.policy}{of_policy} {self.sample_ratio:g} × {self.token_ratio:g}, "
+            f"{self.data}{records} {self.condition} {self.policy}{of_policy} {self.sample_ratio:g} × {self.token_ratio:g}, "
             f"seed {self.seed}, rate {self.learning_rate:g}, {self.steps} steps of {self.pool}"
         )
 
@@ -197,23 +198,21 @@ def chosen_rate(base: Setting, rows: Iterable[dict[str, str]]) -> float | None:
 def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> float | None:
     """What the run will take of one processor: the median of those that differ in seed, rate or condition alone, on
     this machine if there are any; else by the longest one of its data per step; None where nothing is known."""
-    like, per_step = [], []
-    stored = list(rows)
-    here = [row for row in stored if row["machine"] == machine]
-    for row in here or stored:
-        if not row["run_minutes"]:
-            continue
-        other = setting_of(row)
-        if (
-            replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)
-            == setting
-        ):
-            like.append(float(row["run_minutes"]))
-        elif other.data == setting.data and other.steps:
-            per_step.append(float(row["run_minutes"]) / other.steps / other.pool)
-    if like:
-        return statistics.median(like)
-    return max(per_step) * setting.steps * setting.pool if per_step else None
+    stored = [row for row in rows if row["run_minutes"]]
+    for known in ([row for row in stored if row["machine"] == machine], stored):
+        like, per_step = [], []
+        for row in known:
+            other = setting_of(row)
+            alike = replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)
+            if alike == setting:
+                like.append(float(row["run_minutes"]))
+            elif other.data == setting.data and other.steps:
+                per_step.append(float(row["run_minutes"]) / other.steps / other.pool)
+        if like:
+            return statistics.median(like)
+        if per_step:
+            return max(per_step) * setting.steps * setting.pool
+    return None
 
 
 def plan_lines(settings: list[Setting], rows: list[dict[str, str]], machine: str, jobs: int) -> Iterator[str]:

@@ -178,6 +178,8 @@ def test_the_minutes_of_a_run_are_those_of_its_like():
     other = replace(BASE, policy="random", steps=8)
     assert quality_grid.minutes(other, like, "here") == pytest.approx(10.0)  # by the longest, per step
     assert quality_grid.minutes(other, [], "here") is None
+    of_other_data = [row(replace(BASE, data="file/other"), 100.0)]
+    assert quality_grid.minutes(BASE, of_other_data + elsewhere, "here") == 100.0  # nothing of this data here
 
 
 def test_the_rate_is_that_of_the_lowest_nll_once_all_have_run():
