@@ -64,9 +64,9 @@ class Setting:
 
     def __str__(self) -> str:
         of_policy = "" if self.options == "{}" else f" {self.options}"
-        records = "" if self.records == RECORDS else f" of {self.records}"
+        data = self.data if self.records == RECORDS else f"{self.data} of {self.records}"
         return (
-            f"{self.data}{records} {self.condition} {self.policy}{of_policy} {self.sample_ratio:g} × {self.token_ratio:g}, "
+            f"{data} {self.condition} {self.policy}{of_policy} {self.sample_ratio:g} × {self.token_ratio:g}, "
             f"seed {self.seed}, rate {self.learning_rate:g}, {self.steps} steps of {self.pool}"
         )
 
