@@ -161,6 +161,6 @@ def test_unsloth(monkeypatch, model_and_data, tmp_path):
 
 
 def test_every_example_is_here():
-    # own_policy.py trains in tests/training/test_policies.py; paper.yaml and sums.yaml are read in tests/commands
+    # own_policy.py trains in tests/training/test_policies.py; paper.yaml and sums.yaml run in tests/commands
     mentioned = Path(__file__).read_text()
     assert [path.name for path in EXAMPLES.iterdir() if path.suffix and path.name not in mentioned] == []

@@ -249,14 +249,22 @@ def test_the_papers_settings_are_accepted(tmp_path):
     expected = {"sample_ratio": 0.125, "token_ratio": 0.5, "neighbor_weight": 0.5, "triage_method": "bisect"}
     config = qtuning_config(arguments)
     assert config == QTuningConfig(**expected, token_mode="drop", selection_scope="rank")
-    arguments.bf16 = False  # which takes a device that has it
     made = train._training_arguments(arguments, tmp_path)
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps, made.num_train_epochs) == (8, 4, 3)
     assert (made.learning_rate, made.lr_scheduler_type, made.warmup_steps) == (1e-4, "cosine", 0)
     assert (arguments.lora_rank, arguments.cutoff, made.gradient_checkpointing) == (8, 2048, True)
     for name, value in yaml.safe_load(file.read_text()).items():
         option = cli._subparsers(cli.build_parser())["train"]._option_string_actions.get(f"--{name.replace('_', '-')}")
-        assert getattr(arguments, option.dest if option else name) == value or name == "bf16"
+        assert getattr(arguments, option.dest if option else name) == value
+
+
+def test_the_papers_settings_train(model, data, tmp_path):
+    file, output = Path(__file__).parents[2] / "examples" / "paper.yaml", tmp_path / "run"
+    given = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    assert cli.main(["train", "--config", str(file), *given]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["steps"], summary["samples_seen"], summary["samples_kept"]) == (3, 3 * 24, 3 * 3)  # 1 of each 8
+    assert (output / "final" / "adapter_model.safetensors").exists()
 
 
 def test_a_resumed_run_goes_on_with_every_option(tmp_path):
