@@ -1,7 +1,11 @@
 """Tiny, randomly initialised models of the architectures that differ in what stands around the head."""
 
+from pathlib import Path
+
 import torch
 import transformers
+
+from tests.tiny_tokenizer import byte_tokenizer
 
 VOCABULARY = 97
 _SIZES = {
@@ -42,6 +46,20 @@ def tiny_model(architecture: str = "llama-tied", dtype: torch.dtype = torch.floa
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model.to(dtype)
+
+
+def byte_model(folder: Path) -> Path:
+    """A tiny random model and a tokenizer of bytes, as files in `folder`, which it returns."""
+    tokenizer = byte_tokenizer(None)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_samples(count: int = 16, seed: int = 0, longest: int = 24) -> list[dict]:

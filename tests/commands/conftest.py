@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny import byte_model
 
 KINDS = ("clean", "wrong", "trivial")
 ROWS = [
@@ -22,17 +20,7 @@ def record(output):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a tiny random model and a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer(None)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
