@@ -23,7 +23,7 @@ def refuse_dropped_tools(messages: list[Message], tools: list[Any] | None, rende
     """
     renamed, declared = deepcopy((messages, tools))
     calls = (call for message in renamed for call in message.get("tool_calls") or ())
-    names = {}
+    names: dict[str, Any] = {}
     for tool in (*(declared or ()), *calls):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         names[f"renamed_{len(names)}_"] = function.get("name")
