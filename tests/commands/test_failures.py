@@ -288,6 +288,16 @@ def test_what_is_missing_is_said_before_any_work(options, monkeypatch, capsys):
     assert f"needs gguf: {sys.executable} -m pip install 'qtuning-kernels[demo]'" in capsys.readouterr().err
 
 
+def test_pip_finds_the_extras_in_what_is_installed():
+    """Without an index: the package need not be published for a remedy to work."""
+    extras = [f"qtuning-kernels[{extra}]" for extra in ("lora", "report", "demo")]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-cache-dir", *extras]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Would install" not in done.stdout
+    assert "does not provide the extra" not in done.stderr
+
+
 def test_an_interrupt_while_libraries_load_is_one_line():
     """Importing PyTorch takes seconds, in which Ctrl-C gave its traceback."""
     script = "import sys; from qtuning_kernels.__main__ import main"
