@@ -8,8 +8,10 @@ request. ``TORCH_CUDA_ARCH_LIST`` says for which GPUs the CUDA kernels are compi
 
 import json
 import os
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -82,6 +84,17 @@ def cuda_extension():
     )
 
 
+def readme() -> str:
+    """README.md, with addresses that hold on other pages too where the project's metadata have one of its source."""
+    project, text = tomllib.loads(Path("pyproject.toml").read_text())["project"], Path("README.md").read_text()
+    source = project["urls"].get("Source")
+    if source is None:
+        return text
+    for kind, link in {"raw": r"(!\[[^]]*\]\()", "blob": r"((?<!!)\[[^]]*\]\()"}.items():
+        text = re.sub(rf"{link}(?!\w+:|#)", rf"\g<1>{source}/{kind}/v{project['version']}/", text)
+    return text
+
+
 class BuildPyLast(build_py):
     """Writes the records of the build, which must be made first."""
 
@@ -138,5 +151,7 @@ setup(
     package_dir={"qtuning_kernels.triton_kernels": "triton_kernels"},
     include_package_data=False,
     package_data={"qtuning_kernels": ["py.typed"], "qtuning_kernels.report": ["templates/*"]},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     **commands(),
 )

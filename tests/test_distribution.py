@@ -1,6 +1,7 @@
 """What is packed: the sdist has all that git has; a build without PyTorch makes a package that says what to type."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,27 @@ def test_the_sdist_has_what_git_has(tracked, unpacked):
     packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     assert packed - made == {name for name in tracked if not name.startswith(OF_HOSTS_AND_EDITORS)}
+
+
+def test_pictures_and_links_of_the_readme_hold_on_pypi(unpacked, tmp_path):
+    """There its relative addresses lead nowhere, so that no picture shows."""
+    folder = tmp_path / "project"
+    shutil.copytree(unpacked, folder)
+    pyproject, address = folder / "pyproject.toml", "https://example.org/owner/name"
+    pyproject.write_text(pyproject.read_text().replace("urls = { ", f'urls = {{ Source = "{address}", '))
+    setup_py(folder, "egg_info", "--egg-base", str(tmp_path))
+    (metadata,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    text = metadata.read_text()
+    assert f"Project-URL: Source, {address}" in text
+    assert "Description-Content-Type: text/markdown" in text
+    addresses = re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", text)
+    assert all(re.match("https:|#", found) for _, found in addresses)
+    assert {found for mark, found in addresses if mark} == {
+        f"{address}/raw/v0.1.0/{picture}" for picture in ("docs/plane.png", "benchmarks/results/step.png")
+    }
+    for _, found in addresses:
+        if found.startswith(f"{address}/"):
+            assert (ROOT / found.partition("/v0.1.0/")[2].partition("#")[0]).exists()
 
 
 def test_an_isolated_build_says_what_to_type(unpacked, tmp_path):
