@@ -95,6 +95,13 @@ def grouped(found: list[Curve]) -> Groups:
     return dict(sorted(groups.items(), key=lambda item: (item[0][:2], list(CONDITIONS).index(item[0][2]))))
 
 
+def on_one_machine(policies: dict[str, list[Curve]]) -> dict[str, list[Curve]]:
+    """With the seconds of the machine that made the most of the runs; without policies of which it made none."""
+    machine = Counter(curve.machine for group in policies.values() for curve in group).most_common(1)[0][0]
+    found = {name: [curve.on_machine(machine, group) for curve in group] for name, group in policies.items()}
+    return {name: [curve for curve in group if curve] for name, group in found.items() if None not in group}
+
+
 def at_chosen_rate(found: list[Curve]) -> list[Curve]:
     """Without the runs of full data at the rates that were not chosen."""
     rates: dict[str, float] = {}
@@ -140,12 +147,15 @@ def answer_table(groups: Groups) -> str:
 
 def measure_table(groups: Groups) -> str:
     """What each policy came to after `STEPS` steps, the mean over its seeds."""
-    columns = {"nll": 3, "nll_result": 3, "accuracy": 2, "nll_other": 3, "cpu_seconds": 0, "tokens_kept": 0}
+    columns = {"nll": 3, "nll_result": 3, "accuracy": 2, "nll_other": 3, "tokens_kept": 0, "peak_mib": 0}
     rows = []
     for (data, ratio, condition), policies in groups.items():
+        timed = on_one_machine(policies)
         for name, group in policies.items():
             step = min(STEPS, *(curve.steps[-1] for curve in group))
-            numbers = [mean_of(group, column, digits, step) for column, digits in {**columns, "peak_mib": 0}.items()]
+            numbers = [mean_of(group, column, digits, step) for column, digits in columns.items()]
+            seconds = [curve.cpu_seconds[curve.place(step)] for curve in timed.get(name, [])]
+            numbers.insert(4, f"{np.mean(seconds):.0f}" if seconds else "")
             rows.append([data, f"{ratio:.1%}", condition, name, len(group), int(step), *numbers])
     head = ["data", "samples", "condition", "policy", "seeds", "steps", "nll", "nll of the result", "exact match"]
     return markdown([*head, "nll of other text", "seconds", "tokens trained", "peak MiB"], rows)
@@ -173,7 +183,7 @@ def plot_over_seconds(groups: Groups, path: Path) -> bool:
     figure, axes = plt.subplots(**shape, squeeze=False, sharey="col", layout="constrained")
     for (key, policies), panels in zip(groups.items(), axes, strict=True):
         for axis, (title, measure) in zip(panels, measures, strict=True):
-            for name, group in policies.items():
+            for name, group in on_one_machine(policies).items():
                 least = min(len(curve.steps) for curve in group)
                 seconds = np.mean([curve.cpu_seconds[:least] for curve in group], 0)
                 values = np.stack([measure(curve)[:least] for curve in group])

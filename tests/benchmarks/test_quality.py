@@ -139,6 +139,15 @@ def test_equal_time_is_that_of_one_processor():
     assert at_equal_time([curve(0, "two", 100.0), curve(1, "one", 10.0)], first[:1]).by_seed == pytest.approx((-1.0,))
 
 
+def test_tables_have_the_seconds_of_the_machine_of_most_runs():
+    policies = {"a": [curve(0, "one", 20.0), curve(1, "two", 90.0)], "b": [curve(0, "one", 10.0)],
+                "c": [curve(0, "two", 50.0)]}  # fmt: skip
+    timed = quality_pages.on_one_machine(policies)
+    assert {name: [each.cpu_seconds[-1] for each in group] for name, group in timed.items()} == {
+        "a": pytest.approx([20.0, 20.0]), "b": [10.0],
+    }  # fmt: skip
+
+
 def test_options_of_the_settings_and_of_the_policy_find_their_place():
     config = qtuning_config(replace(BASE, policy="qtuning", options='{"token_mode": "drop", "rescore_every": 2}'))
     assert (config.token_mode, config.rescore_every, dict(config.policy_options)) == ("drop", 2, {})
