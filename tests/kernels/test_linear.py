@@ -86,7 +86,7 @@ def assert_grads(backend, actual, operands, expected, same, labels, upstream, **
         if half:
             truth.assert_rows_no_worse(name, a, s, e, m, 2.0 if truncates(backend) else 1.0)
         else:
-            truth.assert_grad_no_worse(name, a, s, e, m, len(operands[1]) if name == "hidden" else len(labels))
+            truth.assert_grad_no_worse(name, a, s, e, m)
 
 
 def of_loss(token_weight, scale=0.7):
@@ -161,12 +161,15 @@ def test_cross_entropy(backend, dtype, construct, shape, scaling):
         if dtype in HALF
         else truth.assert_no_worse("loss", actual, same, expected)
     )
+    # a product of one row sums in another order than one of several, with ten times the error on some processors
+    active = (token_weight != 0) & (labels != -100)
+    of_active = torch_loss(labels[active], token_weight[active], **scaling)
     assert_grads(
         backend,
         truth.grads(ours, operands, upstream),
         operands,
         truth.grads(reference, doubles, upstream),
-        truth.grads(reference, operands, upstream),
+        truth.grads(lambda hidden, *others: of_active(hidden[active], *others), operands, upstream),
         labels,
         of_loss(token_weight, 0.5),
         **scaling,

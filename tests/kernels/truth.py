@@ -131,19 +131,14 @@ def epsilon_of(dtype: torch.dtype, ulps: float) -> float:
     return torch.finfo(dtype).eps * (ULPS_OF_FLOAT64 if dtype == torch.float64 else ulps)
 
 
-def assert_grad_no_worse(
-    name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, terms: Terms, length: int = 1
-) -> None:
+def assert_grad_no_worse(name: str, actual: Tensor, torch_same: Tensor, truth: Tensor, terms: Terms) -> None:
     """In every class of entries, our largest error within PyTorch's largest plus `ULPS` of the dtype.
-
-    `length` is that of the product that an entry is a sum of: its roundings add up like a random walk, in an order
-    that a product of one row or of several chooses for itself.
 
     Raises AssertionError also where PyTorch's error is too large to be a yardstick: an entry wrong by one part in a
     thousand must never pass.
     """
     assert torch.isfinite(actual).all(), f"{name} is not finite"
-    epsilon = epsilon_of(actual.dtype, ULPS) * max(1.0, length**0.5 / 64)
+    epsilon = epsilon_of(actual.dtype, ULPS)
     ours, theirs = (entry_errors(x, truth, terms) for x in (actual, torch_same))
     for label, mask in terms.classes.items():
         if mask.any():
