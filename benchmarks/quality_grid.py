@@ -128,7 +128,8 @@ GENERATED_STAGES = (
 # samples of a natural data set are some five times as long
 FULL_OF_FILE = FULL._replace(steps=30)
 FILE_STAGES = (
-    Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("clean",)),
+    Stage((RANDOM, QTUNING, QTUNING_SAMPLES), ("clean",)),
+    Stage((KEEP_HIGH,), ("clean",)),
     Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("exchanged40",)),
     Stage((RESIDUAL,), ("clean", "exchanged40")),
     Stage((FULL_OF_FILE,), ("clean", "exchanged40")),
