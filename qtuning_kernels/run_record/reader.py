@@ -106,7 +106,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def read_record(run: str | Path) -> Record:
-    """Reads the record of a run in whatever state it was left: running, killed, empty or of an older version.
+    """Reads the record of a run in whatever state it was left: running, killed or empty.
 
     Args:
         run: the run's output folder, or the record's folder.
@@ -117,11 +117,6 @@ def read_record(run: str | Path) -> Record:
     folder = record_folder(run)
     head = read_run(folder)
     notices = []
-    if head["record_version"] < RECORD_VERSION:
-        notices.append(
-            f"The record is of version {head['record_version']}, older than {RECORD_VERSION}: "
-            "what it does not hold is left out."
-        )
     rows = {name: list(read_lines(folder / name)) for name in TABLES}
     last = max((row["step"] for row in rows["steps.jsonl"]), default=0)
     complete = {name: [flatten(row) for row in table if row["step"] <= last] for name, table in rows.items()}

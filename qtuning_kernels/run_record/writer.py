@@ -159,21 +159,10 @@ class RunRecord:
         text = json.dumps(_portable(json.loads(json.dumps(self.run, default=_plain))), indent=2)
         _write_lines(self.folder / "run.json", [text + "\n"])
 
-    def write_run(
-        self,
-        *,
-        configuration: Mapping[str, Any] | None = None,
-        command: str | None = None,
-        versions: Mapping[str, str] | None = None,
-        evaluations: Sequence[Mapping[str, float]] | None = None,
-    ) -> None:
-        """Adds to ``run.json``: configuration, versions, the command that makes the run again; replaces evaluations."""
+    def write_run(self, *, configuration: Mapping[str, Any] | None = None, **entries: Any) -> None:
+        """Adds to the configuration in ``run.json``, and replaces others of its entries."""
         self.run["configuration"].update(configuration or {})
-        self.run["versions"].update(versions or {})
-        if command is not None:
-            self.run["command"] = command
-        if evaluations is not None:
-            self.run["evaluations"] = list(evaluations)
+        self.run.update(entries)
         self._write_run()
 
     def choose_token_samples(self, step: int, keep: Sequence[bool]) -> list[int]:

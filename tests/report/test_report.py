@@ -414,14 +414,12 @@ def test_non_finite_samples_are_counted_not_drawn(tmp_path):
     assert len(points(page)) == page.data["plane"]["frames"][0]["total"] == 2
 
 
-def test_older_and_later_versions(tmp_path):
+def test_a_head_without_entries_and_one_of_a_later_version(tmp_path):
     folder = synthetic_run(tmp_path, steps=2)
     head = folder / "record" / "run.json"
     run = json.loads(head.read_text())
-    head.write_text(json.dumps({"record_version": 0}))
-    page = Page(build_report(folder))
-    assert "record is of version 0" in html.unescape(page.text)
-    assert_numbers(page, folder)
+    head.write_text(json.dumps({"record_version": 1}))
+    assert_numbers(Page(build_report(folder)), folder)
     head.write_text(json.dumps(run | {"record_version": 99}))
     with pytest.raises(RecordError, match="record_version 99"):
         build_report(folder)

@@ -43,8 +43,8 @@ for step in range(300):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_flat_after_the_first_steps():
     """oneDNN keeps a compiled kernel for every shape it has met: without a bound on them this run grew from 810 to 1158
-    MB. Measured every 30 of 300 steps with lengths that all differ: after the first 60, in which the caches fill, no more
-    than 24 MB are added."""
+    MB. Measured every 30 of 300 steps with lengths that all differ: after the first 60, in which the caches fill, no
+    more than 24 MB are added."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
