@@ -79,7 +79,7 @@ def test_the_best_instruction_set_is_taken(accepted):
     assert native.instruction_set() == os.environ.get("QTUNING_CPU_ISA", accepted[0])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", [pytest.param("baseline", marks=pytest.mark.slow), "avx2", "avx512"])
 def test_every_instruction_set_passes_the_suite(accepted, isa):
     """The choice is made once per process, hence a child. float16 and float64 paths included."""
     if isa not in accepted:

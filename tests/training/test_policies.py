@@ -183,7 +183,13 @@ def test_weights_are_refused_where_the_loss_takes_none(tmp_path):
             act()
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+# those that draw, or remember from one step to another; the others run with --slow
+WITH_A_STATE = ("random", "infobatch", "tailsft", "qtuning", "rho1")
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param(p, marks=[] if p in WITH_A_STATE else pytest.mark.slow) for p in POLICIES]
+)
 def test_resume_in_the_middle_of_an_epoch(tmp_path, policy):
     """24 samples in pools of 8: three steps an epoch."""
     check_resumes(lambda name, **saving: run(tmp_path / name, policy, **saving))

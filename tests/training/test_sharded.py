@@ -16,7 +16,7 @@ WRAPPERS = {"ddp": 1e-9, "fsdp2": 1e-9, "zero1": 2e-5, "zero2": 2e-5, "zero3": 2
 KINDS = {"tied": [], "untied": [], "LoRA": ["--lora"], "LoRA, head saved": ["--lora"]}
 HEADS = {"tied": "tied", "untied": "untied", "LoRA": "untied", "LoRA, head saved": "saved"}
 # the others run with --slow
-QUICK = {("fsdp2", "tied"), ("fsdp2", "LoRA, head saved"), ("zero3", "untied"), ("zero2", "LoRA")}
+QUICK = {("fsdp2", "tied"), ("fsdp2", "LoRA, head saved"), ("zero3", "untied")}
 
 
 def options(wrapper, kind):
