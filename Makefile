@@ -6,8 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-# Two processes of one thread each; the tests of a file stay together, and so share what it has launched or compiled.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread each. The tests of a file mostly stay together, and so share what it has launched or
+# compiled; the process that is through first takes over some of the other's.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 export TOKENIZERS_PARALLELISM := false
 

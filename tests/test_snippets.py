@@ -70,6 +70,7 @@ def parse_by_module(module: str, arguments: list[str]) -> None:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)  # as a benchmark does, for whoever comes after it
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(Parsed):
