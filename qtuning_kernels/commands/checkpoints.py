@@ -20,16 +20,9 @@ SUMMARY_FILE = "summary.json"
 # what a resumed run may have otherwise: how far it goes, what it writes on the way, and where its memory goes
 _MAY_CHANGE = {
     *("epochs", "max_steps", "save_steps", "save_total_limit", "report", "report_to", "record", "tag_field"),
-    *(
-        "eval_steps",
-        "eval_strategy",
-        "logging_steps",
-        "logging_strategy",
-        "logging_first_step",
-        "log_level",
-        "run_name",
-    ),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("eval_steps", "eval_strategy", "logging_steps", "logging_strategy", "logging_first_step", "log_level"),
+    *("run_name", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("dataloader_num_workers", "dataloader_pin_memory"),
 }
 _LOCK_FILE, _DIGEST_FILE = ".lock", "samples.sha256"
 _held: list[tuple[Path, int]] = []  # the lock on the output folder of this process, for as long as it lives

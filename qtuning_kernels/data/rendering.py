@@ -21,14 +21,15 @@ def refuse_dropped_tools(messages: list[Message], tools: list[Any] | None, rende
 
     Asked of names that no text has: those that the record gives may stand in a question, too.
     """
-    renamed, declared = deepcopy((messages, tools))
-    calls = (call for message in renamed for call in message.get("tool_calls") or ())
+    if not tools and not any(message.get("tool_calls") for message in messages):
+        return
+    messages, tools = deepcopy((messages, tools or []))
     names: dict[str, Any] = {}
-    for tool in (*(declared or ()), *calls):
+    for tool in (*tools, *(call for message in messages for call in message.get("tool_calls") or ())):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        names[f"renamed_{len(names)}_"] = function.get("name")
-        function["name"] = f"renamed_{len(names) - 1}_"
-    text = render(renamed, declared)[0] if names else ""
+        unique = f"renamed_{len(names)}_"
+        names[unique], function["name"] = function.get("name"), unique
+    text = render(messages, tools)[0]
     if dropped := [name for unique, name in names.items() if unique not in text]:
         raise DataError(f"the model's chat template drops the tool {dropped[0]!r}")
 
