@@ -4,6 +4,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by PyTorch, here and in the processes that tests launch
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ from qtuning_kernels.kernels.dispatch import BACKENDS, unavailable_reason
 from tests.interpreter import speed_up_interpreter
 
 from . import cuda_emulator
+
+hypothesis.settings.register_profile("any speed", deadline=None)  # by default an example of 0.2 s is a failure
+hypothesis.settings.load_profile("any speed")
 
 
 def pytest_addoption(parser):

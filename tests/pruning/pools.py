@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 # the fixtures only set an environment variable, so sharing them between examples is sound
 PROPERTY = settings(
     max_examples=100,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
