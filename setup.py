@@ -86,7 +86,8 @@ def cuda_extension():
 
 def readme() -> str:
     """README.md, with addresses that hold on other pages too where the project's metadata have one of its source."""
-    project, text = tomllib.loads(Path("pyproject.toml").read_text())["project"], Path("README.md").read_text()
+    project, text = (Path(name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
+    project = tomllib.loads(project)["project"]
     source = project["urls"].get("Source")
     if source is None:
         return text
