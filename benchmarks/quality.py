@@ -7,8 +7,8 @@
     python -m benchmarks.quality --figures                               tables and pictures of docs/quality.md
 
 docs/quality.md has the protocol. A finished run appends a row per point of evaluation to benchmarks/results/quality.csv
-and what it measured of each held-out record to quality_samples.csv; what is there is not run again. Each run is a
-process with one thread.
+and what it measured of each held-out record to quality_samples.csv, accuracies of `--tasks` to quality_harness.csv;
+what is there is not run again. Each run is a process with one thread.
 """
 
 import argparse
@@ -45,6 +45,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--completion-field", default="answer")
     parser.add_argument("--result-mark", default="", help="what stands before the final result of an answer")
     parser.add_argument("--other", help="text file of another domain, for what is forgotten (default: a story)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files of lm-evaluation-harness, measured once a run",
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality.csv")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -64,7 +71,7 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
     for name in ("data", "other"):
         if inputs[name] is not None:
             inputs[name] = str(Path(inputs[name]).resolve())
-    return Inputs(model, **inputs)
+    return Inputs(model, **inputs, tasks=tuple(str(Path(file).resolve()) for file in options.tasks))
 
 
 def base_setting(options: argparse.Namespace, inputs: Inputs) -> Setting:
@@ -75,15 +82,20 @@ def base_setting(options: argparse.Namespace, inputs: Inputs) -> Setting:
 
 
 def append(path: Path, setting: Setting, points: list[dict]) -> None:
-    """A row per point in the CSV, and one in that of the samples beside it; whole, or not at all."""
-    samples = path.with_name(f"{path.stem}_samples.csv")
+    """A row per point in the CSV, one in that of the samples beside it, and one per task in that of the harness; whole,
+    or not at all."""
+    samples, harness = (path.with_name(f"{path.stem}_{kind}.csv") for kind in ("samples", "harness"))
     rows = [{"run": setting.run, **asdict(setting), **point} for point in points]
+    tasks = [{"run": setting.run, "step": row["step"], **task} for row in rows for task in row.pop("harness", [])]
     lists = [
         {"run": setting.run, "step": row["step"], **{name: packed(row.pop(name)) for name in SAMPLE_COLUMNS}}
         for row in rows
     ]
     rows = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
-    for file, added in ((samples, lists), (path, rows)):  # a run counts as finished by its rows in the second
+    # a run counts as finished by its rows in the last
+    for file, added in ((harness, tasks), (samples, lists), (path, rows)):
+        if not added:
+            continue
         file.parent.mkdir(parents=True, exist_ok=True)
         stored = stored_rows(file)
         with file.open("a", newline="") as stream:

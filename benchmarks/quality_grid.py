@@ -24,6 +24,7 @@ class Inputs:
             stands before the final result of an answer, describe it.
         other: a text file, for what is forgotten; None: a story that reasoning-gym brings.
         cutoff: most tokens of a sample.
+        tasks: YAML files of lm-evaluation-harness, whose accuracy is measured once.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Inputs:
     result_mark: str = ""
     other: str | None = None
     cutoff: int = 512
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def setting_of(row: dict[str, str]) -> Setting:
     return Setting(**{name: kind(row[name]) for name, kind in kinds.items()})
 
 
+# what the minutes of a run depend on
+_LENGTH = ("data", "policy", "sample_ratio", "token_ratio", "steps", "pool", "held_out")
 _TYPES = (str, str, str, float, float, int, float, int, int, int, int, str)
 
 
@@ -198,15 +202,14 @@ def chosen_rate(base: Setting, rows: Iterable[dict[str, str]]) -> float | None:
 
 
 def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> float | None:
-    """What the run will take of one processor: the median of those that differ in seed, rate or condition alone, on
-    this machine if there are any; else by the longest one of its data per step; None where nothing is known."""
+    """What the run will take of one processor: the median of those with its policy and ratios at as many steps, on this
+    machine if there are any; else by the longest one of its data per step; None where nothing is known."""
     stored = [row for row in rows if row["run_minutes"]]
     for known in ([row for row in stored if row["machine"] == machine], stored):
         like, per_step = [], []
         for row in known:
             other = setting_of(row)
-            alike = replace(other, seed=setting.seed, learning_rate=setting.learning_rate, condition=setting.condition)
-            if alike == setting:
+            if all(getattr(other, name) == getattr(setting, name) for name in _LENGTH):
                 like.append(float(row["run_minutes"]))
             elif other.data == setting.data and other.steps:
                 per_step.append(float(row["run_minutes"]) / other.steps / other.pool)

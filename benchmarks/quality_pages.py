@@ -173,6 +173,26 @@ def planted_table(groups: Groups) -> str:
     return markdown(head, rows)
 
 
+def harness_table(groups: Groups, untrained: list[dict[str, str]], tasks: list[dict[str, str]]) -> str:
+    """Accuracies of lm-evaluation-harness: the mean over seeds, the lowest and the highest, and the standard error of
+    one over its questions. `untrained` are the rows of runs of no step, `tasks` those of the harness."""
+    runs = [((row["data"], "", "", "before training"), [row["run"]]) for row in untrained]
+    for (data, ratio, condition), policies in groups.items():
+        for name, group in policies.items():
+            runs.append(((data, f"{ratio:.1%}", condition, name), [curve.setting.run for curve in group]))
+    rows = []
+    for of, names in runs:
+        own = [row for row in tasks if row["run"] in names]
+        for task in dict.fromkeys(row["task"] for row in own):
+            of_task = [row for row in own if row["task"] == task]
+            found = [float(row["accuracy"]) for row in of_task]
+            error = np.mean([float(row["stderr"]) for row in of_task])
+            spread = f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+            rows.append([*of, len(found), of_task[0]["step"], task, of_task[0]["questions"], spread, f"{error:.3f}"])
+    head = ["data", "samples", "condition", "policy", "seeds", "steps", "task", "questions", "accuracy (seeds)"]
+    return markdown([*head, "standard error"], rows)
+
+
 def plot_over_seconds(groups: Groups, path: Path) -> bool:
     """Held-out nll, and exact matches where there are any, over seconds of training: a panel per condition."""
     plt = _pyplot()
@@ -246,10 +266,11 @@ def _pyplot():
 def draw(path: Path) -> None:
     """Pictures beside the CSV, for each data set and budget; the text into docs/quality.md, if the CSV is its own, else
     to the screen."""
-    samples = path.with_name(f"{path.stem}_samples.csv")
+    samples, harness = (path.with_name(f"{path.stem}_{kind}.csv") for kind in ("samples", "harness"))
     if not path.exists() or not samples.exists():
         raise SystemExit(f"{path} or {samples.name} is not there: no run has finished")
-    found = curves(read_rows(path), read_rows(samples))
+    rows = read_rows(path)
+    found = curves(rows, read_rows(samples))
     groups = grouped(at_chosen_rate(found))
     pictures = []
     for data, ratio in dict.fromkeys(key[:2] for key in groups):
@@ -267,6 +288,9 @@ def draw(path: Path) -> None:
             f"![{picture.stem}](../benchmarks/results/{picture.name})" for picture in pictures
         ),
         "Measures": measure_table(groups),
+        "Tasks of lm-evaluation-harness": harness_table(
+            groups, [row for row in rows if row["steps"] == "0"], read_rows(harness) if harness.exists() else []
+        ),
         "Planted flaws": planted_table(groups),
     }
     filled = {title: part for title, part in parts.items() if part.count("\n") > 1 or part.startswith("!")}

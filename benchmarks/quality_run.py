@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.quality_data import CHAT_TEMPLATE, KINDS, file_split, generated_
 from benchmarks.quality_grid import Inputs, Setting
 
 POINTS = (15, 30, 60, 120, 240)  # steps after which a run is measured; and after its last
+HARNESS_STEP = 60  # after which tasks of lm-evaluation-harness are run; or after the last
 WARM_UP_STEPS = 6
 
 
@@ -68,6 +70,24 @@ def counts_until(rows: list[dict], planted: list[str], step: int) -> dict[str, i
             counts["tokens_seen"] += row["num_tokens"]
             counts["tokens_kept"] += row["kept_tokens"]
     return counts
+
+
+def harness(model: Any, tokenizer: Any, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Accuracies of the tasks with their standard errors over questions, a row each; the measure is ``acc``."""
+    from qtuning_kernels.commands.evaluate import harness_results
+
+    training = model.training
+    found = harness_results(model, tokenizer, tasks, apply_chat_template=True)
+    model.train(training)
+    return [
+        {
+            "task": name,
+            "accuracy": row["acc,none"],
+            "stderr": row["acc_stderr,none"],
+            "questions": found["n-samples"][name]["effective"],
+        }
+        for name, row in found["results"].items()
+    ]
 
 
 class Stopwatch:
@@ -126,6 +146,8 @@ def run(setting: Setting, inputs: Inputs) -> list[dict[str, Any]]:
             if state.global_step in POINTS or state.global_step == setting.steps:
                 spent = self.watch.pause()
                 points.append({"step": state.global_step} | spent | evaluation(model))
+                if inputs.tasks and state.global_step == min(HARNESS_STEP, setting.steps):
+                    points[-1]["harness"] = harness(model, tokenizer, inputs.tasks)
                 self.watch.resume()
 
     if setting.steps:
@@ -145,6 +167,8 @@ def run(setting: Setting, inputs: Inputs) -> list[dict[str, Any]]:
             precision = trainer.qtuning_summary()["precision"]
     else:
         points.append({"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_mib": peak_mib()} | evaluation(model))
+        if inputs.tasks:
+            points[0]["harness"] = harness(model, tokenizer, inputs.tasks)
     planted = [record["planted"] for record in train]
     of_run = {"precision": precision, "run_minutes": time.process_time() / 60}
     return [point | counts_until(rows, planted, point["step"]) | of_run for point in points]

@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qtuning_kernels.commands import options
 from qtuning_kernels.commands.inputs import load_model, load_tokenizer, model_source
@@ -22,6 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("model", nargs="?", metavar="[MODEL]", help="folder, or name on the hub; or the embedded one")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="YAML files of tasks")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write as well")
+    text = "put questions into the model's chat template, as qtuning train does"
+    parser.add_argument("--apply-chat-template", action="store_true", help=text)
     text = f"requests {options.DEFAULT_TEXT}"
     parser.add_argument("--batch-size", type=options.above(0), default=8, metavar="N", help=text)
     return parser
@@ -36,19 +40,36 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         refuse_overwrite(arguments.output, [source, *arguments.tasks])
     import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    quiet_libraries()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tokenizer, model = load_tokenizer(source), load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
-    tasks = TaskManager(include_defaults=False)
-    found = simple_evaluate(model=lm, tasks=arguments.tasks, task_manager=tasks, log_samples=False)
+    tokenizer = load_tokenizer(source)
+    if arguments.apply_chat_template and tokenizer.chat_template is None:
+        raise ValueError(f"--apply-chat-template: the tokenizer of {source} has no chat template")
+    model = load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
+    found = harness_results(model, tokenizer, arguments.tasks, arguments.apply_chat_template, arguments.batch_size)
     print(make_table(found))
     if arguments.output is not None:
         with write_atomic(arguments.output) as temporary:
             kept = {"model": source} | {name: found[name] for name in ("results", "n-samples", "configs")}
             temporary.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def harness_results(
+    model: Any, tokenizer: Any, tasks: Sequence[str], apply_chat_template: bool, batch_size: int = 8
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` returns for tasks of YAML files. No state of a random generator is changed."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    quiet_libraries()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"))
+    return simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=apply_chat_template,
+        log_samples=False,
+        **seeds,
+    )

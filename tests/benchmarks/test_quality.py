@@ -1,6 +1,7 @@
 """The benchmark of quality: planted flaws, which runs are made, intervals, and one whole run of a tiny model."""
 
 import json
+import runpy
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from benchmarks import quality, quality_grid, quality_pages
-from benchmarks.common import read_rows
+from benchmarks.common import ROOT, read_rows
 from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, generated_split, plant, tokenized
 from benchmarks.quality_grid import Inputs, Setting
 from benchmarks.quality_measures import result_tokens, token_measures
@@ -21,6 +22,7 @@ from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.pruning.policies import make_policy
 from tests.tiny_tokenizer import byte_tokenizer
 
+TASKS = ROOT / "benchmarks" / "tasks"
 BASE = Setting("file/data", "clean", "full", 1.0, 1.0, 0, 1e-3, 4, pool=4, records=24, held_out=6)
 
 
@@ -167,8 +169,76 @@ def test_a_row_stands_under_the_columns_of_those_before_it(tmp_path):
         quality.append(tmp_path / "quality.csv", BASE, [point | lists])
     rows = [(row["step"], row["machine"], row["minutes"]) for row in read_rows(tmp_path / "quality.csv")]
     assert rows == [("4", "here", "2"), ("5", "there", "3")]
+    assert not (tmp_path / "quality_harness.csv").exists()
     with pytest.raises(ValueError, match="unknown"):
         quality.append(tmp_path / "quality.csv", BASE, [{"unknown": 1, "step": 4} | lists])
+
+
+def test_accuracies_of_the_harness_stand_by_policy(tmp_path):
+    """Two seeds of one policy, measured before their last point, and the model before them."""
+    lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True]}
+    output = tmp_path / "quality.csv"
+    groups = {("file/data", 0.125, "clean"): {"full": [curve(seed, "here", 1.0) for seed in (0, 1)]}}
+    start = replace(BASE, steps=0)
+    for setting, step, accuracy in ((start, 0, 0.25), (BASE, 4, 0.5), (replace(BASE, seed=1), 4, 0.75)):
+        task = {"task": "sums", "accuracy": accuracy, "stderr": accuracy / 10, "questions": 40}
+        later = [{"step": step + 1} | lists] if step else []
+        quality.append(output, setting, [{"step": step, "harness": [task]} | lists, *later])
+    assert "harness" not in read_rows(output)[0]
+    table = quality_pages.harness_table(
+        groups, [row for row in read_rows(output) if row["steps"] == "0"], read_rows(tmp_path / "quality_harness.csv")
+    )
+    assert table.splitlines()[2:] == [
+        "| file/data |  |  | before training | 1 | 0 | sums | 40 | 0.250 (0.250 to 0.250) | 0.025 |",
+        "| file/data | 12.5% | clean | full | 2 | 4 | sums | 40 | 0.625 (0.500 to 0.750) | 0.062 |",
+    ]
+
+
+def test_tasks_of_the_harness_are_measured_once_a_run(inputs, one_thread, monkeypatch):
+    """The runs are otherwise the same ones."""
+    monkeypatch.setattr("benchmarks.quality_run.POINTS", (2,))
+    monkeypatch.setattr("benchmarks.quality_run.HARNESS_STEP", 2)
+    calls = []
+    found = {
+        "results": {"sums": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "n-samples": {"sums": {"original": 30, "effective": 26}},
+    }
+
+    def results(model, tokenizer, tasks, apply_chat_template):
+        calls.append((model.training, tasks, apply_chat_template))
+        return found
+
+    monkeypatch.setattr("qtuning_kernels.commands.evaluate.harness_results", results)
+    setting = replace(BASE, policy="qtuning", sample_ratio=0.5)
+    with_tasks, without = run(setting, replace(inputs, tasks=("a.yaml",))), run(setting, inputs)
+    assert [point.pop("harness", None) for point in with_tasks] == [
+        [{"task": "sums", "accuracy": 0.5, "stderr": 0.1, "questions": 26}],
+        None,
+    ]
+    assert [(p["step"], p["sample_nll"]) for p in with_tasks] == [(p["step"], p["sample_nll"]) for p in without]
+    assert [call[1:] for call in calls] == [(("a.yaml",), True)]
+
+
+def test_the_questions_of_the_gsm8k_task():
+    """The four operations on the two numbers of the first step, the true one marked."""
+    choices = runpy.run_path(str(TASKS / "gsm8k_operation.py"))["choices"]
+    assert choices("Each costs 8 / 2 = $<<8/2=4>>4 now.\nSo 4*3 = <<4*3=12>>12.\n#### 12") == {
+        "begin": "Each costs ",
+        "choices": [
+            "8+2 = <<8+2=10>>10",
+            "8-2 = <<8-2=6>>6",
+            "8*2 = <<8*2=16>>16",
+            "8/2 = <<8/2=4>>4",
+        ],
+        "right": 3,
+    }
+    for other in (
+        "No step.",
+        "On day 2 he has 8*2=<<8*2=16>>16",
+        "8*2=<<8*2=16>>16 and 1+1=<<1+1=2>>2",
+        "2*2=<<2*2=4>>4",
+    ):
+        assert choices(other) is None
 
 
 def test_a_row_gives_its_setting_back():
@@ -184,6 +254,7 @@ def test_the_minutes_of_a_run_are_those_of_its_like():
     assert quality_grid.minutes(BASE, like + elsewhere, "here") == 4.0
     assert quality_grid.minutes(BASE, elsewhere, "here") == 100.0
     assert quality_grid.minutes(BASE, [*like, row(replace(BASE, seed=5), "")], "here") == 4.0  # not known
+    assert quality_grid.minutes(replace(BASE, options='{"q": 0.5}', records=8), like, "here") == 4.0
     other = replace(BASE, policy="random", steps=8)
     assert quality_grid.minutes(other, like, "here") == pytest.approx(10.0)  # by the longest, per step
     assert quality_grid.minutes(other, [], "here") is None
