@@ -44,7 +44,8 @@ def setting(default: Any, check: Callable[..., None], *accepted: Any) -> Any:
 class QTuningConfig:
     """How samples and tokens are pruned, and how a training step goes about it.
 
-    The defaults are the paper's smallest budget, 12.5 % of the samples and 50 % of the tokens.
+    The defaults are the paper's smallest budget, 12.5 % of the samples and 50 % of the tokens; other than there, the
+    tokens with the low scores go.
 
     Args:
         policy: what decides: a name of ``qtuning policies``, ``module:object``, or a `Policy`.
@@ -53,7 +54,7 @@ class QTuningConfig:
         token_ratio: share of the tokens of a kept Q2 sample that is trained on, in (0, 1] (decision e).
         neighbor_weight: λ in [0, 1], how much the two neighbours count in a token's score (eq. 7).
         token_mode: ``"mask"`` takes pruned tokens out of the loss, ``"drop"`` out of the sequence too.
-        token_order: tokens of ``"keep_low"`` scores stay, or of ``"keep_high"``, the reversed ablation (decision e).
+        token_order: tokens of ``"keep_high"`` scores stay, or of ``"keep_low"``, as in the paper (decision e).
         neighbor_reduction: a token's score takes its neighbours' ``"sum"`` or ``"mean"`` (decision g).
         triage_method: ``"rank"``, the closed form, or ``"bisect"``, the paper's loop.
         micro_batch_tokens: most tokens, prompts and padding included, in one training forward and backward. A
@@ -83,7 +84,7 @@ class QTuningConfig:
     token_ratio: float = setting(0.5, check_ratio)
     neighbor_weight: float = setting(0.5, check_weight)
     token_mode: str = setting("mask", check_choice, ("mask", "drop"))
-    token_order: str = setting("keep_low", check_choice, TOKEN_ORDERS)
+    token_order: str = setting("keep_high", check_choice, TOKEN_ORDERS)
     neighbor_reduction: str = setting("sum", check_choice, NEIGHBOR_REDUCTIONS)
     triage_method: str = setting("rank", check_choice, TRIAGE_METHODS)
     micro_batch_tokens: int = setting(4096, check_count, 1)

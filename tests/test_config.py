@@ -6,12 +6,15 @@ import inspect
 import pytest
 
 import qtuning_kernels as qk
+from qtuning_kernels.pruning.policies.qtuning import QTuning
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_order_of_the_tokens():
     config = qk.QTuningConfig()
     assert (config.sample_ratio, config.token_ratio, config.neighbor_weight) == (0.125, 0.5, 0.5)
-    assert (config.token_mode, config.token_order, config.neighbor_reduction) == ("mask", "keep_low", "sum")
+    assert (config.token_mode, config.token_order, config.neighbor_reduction) == ("mask", "keep_high", "sum")
+    order = inspect.signature(qk.prune_tokens).parameters["order"].default
+    assert (order, QTuning(0.5, 0.5).token_order) == (config.token_order, config.token_order)
 
 
 def test_frozen_and_replaceable():

@@ -28,12 +28,12 @@ def prune_tokens(
     keep_ratio: float,
     *,
     neighbor_weight: float = 0.5,
-    order: str = "keep_low",
+    order: str = "keep_high",
     neighbor_reduction: str = "sum",
 ) -> Tensor:
     """The tokens to train on: part of each Q2 sample, all of each Q4 sample (eq. 7; Alg. 1, lines 22–32).
 
-    Of a kept sample with role 2 and n trainable tokens, the ``max(1, ⌊keep_ratio · n⌋)`` with the lowest
+    Of a kept sample with role 2 and n trainable tokens, the ``max(1, ⌊keep_ratio · n⌋)`` with the highest
     score ``(1−λ) PPL_i + λ (PPL_(i−1) + PPL_(i+1))`` stay, equal scores in favour of the earlier token
     (decisions e to g). ``PPL_i = exp(min(nll_i, 88))``, so that no score overflows float32. The product with
     the ratio is taken in float64 with a relative headroom of 2^-51, so that 0.29 of 100 tokens are 29.
@@ -45,7 +45,7 @@ def prune_tokens(
         triage: the result of `triage_samples` for the same B samples; its `role` decides.
         keep_ratio: share of the tokens of a role-2 sample to keep, in (0, 1].
         neighbor_weight: λ in [0, 1].
-        order: ``"keep_low"``, or ``"keep_high"`` for the reversed ablation (decision e).
+        order: ``"keep_high"``, or ``"keep_low"`` scores stay, as in the paper (decision e).
         neighbor_reduction: ``"sum"`` of the two neighbours, or their ``"mean"`` (decision g).
 
     Returns:

@@ -28,8 +28,8 @@ def prefix_sum(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def kept(nll, lengths, role, ratio, **options):
-    mask = qk.prune_tokens(torch.as_tensor(nll), prefix_sum(lengths), triage_of(role), ratio, **options)
+def kept(nll, lengths, role, ratio, *, order="keep_low", **options):
+    mask = qk.prune_tokens(torch.as_tensor(nll), prefix_sum(lengths), triage_of(role), ratio, order=order, **options)
     assert mask.dtype == torch.bool
     assert mask.shape == (sum(lengths),)
     return mask.nonzero().flatten().tolist()

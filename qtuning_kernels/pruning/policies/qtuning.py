@@ -14,12 +14,15 @@ from qtuning_kernels.pruning.triage import triage_samples
 
 @dataclass(frozen=True)
 class QTuning(Policy):
-    """Q2 with its noisiest tokens pruned, Q4 whole (Alg. 1). The options are those of `QTuningConfig`."""
+    """Q2 with part of its tokens, Q4 whole (Alg. 1). The options are those of `QTuningConfig`.
+
+    In the paper the tokens with high scores go: ``token_order="keep_low"``. The default differs (decision e).
+    """
 
     sample_ratio: float
     token_ratio: float
     neighbor_weight: float = 0.5
-    token_order: str = "keep_low"
+    token_order: str = "keep_high"
     neighbor_reduction: str = "sum"
     triage_method: str = "rank"
     source: ClassVar = "arXiv 2509.23873"
