@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="YAML files of lm-evaluation-harness, measured once a run",
+        help="YAML files of lm-evaluation-harness, measured once in each run that is made",
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality.csv")
     options = parser.parse_args(arguments)
@@ -62,9 +62,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def inputs_of(options: argparse.Namespace) -> Inputs:
     from qtuning_kernels.demo.assets import MODEL, asset_folder, fetch, is_fetched
+    from qtuning_kernels.files import require
 
     if options.model is None and not options.plan and not is_fetched(MODEL):
         fetch(MODEL)
+    if options.tasks:
+        require("--tasks", "eval", "lm_eval")
+        if missing := [file for file in options.tasks if not Path(file).is_file()]:
+            raise SystemExit(f"--tasks {missing[0]}: no such file")
     model = options.model or str(asset_folder(MODEL))
     fields = ("data", "prompt_field", "completion_field", "result_mark", "other")
     inputs = {name: getattr(options, name) for name in fields}
@@ -84,25 +89,42 @@ def base_setting(options: argparse.Namespace, inputs: Inputs) -> Setting:
 def append(path: Path, setting: Setting, points: list[dict]) -> None:
     """A row per point in the CSV, one in that of the samples beside it, and one per task in that of the harness; whole,
     or not at all."""
-    samples, harness = (path.with_name(f"{path.stem}_{kind}.csv") for kind in ("samples", "harness"))
+    append_tasks(path, setting, points)
     rows = [{"run": setting.run, **asdict(setting), **point} for point in points]
-    tasks = [{"run": setting.run, "step": row["step"], **task} for row in rows for task in row.pop("harness", [])]
     lists = [
         {"run": setting.run, "step": row["step"], **{name: packed(row.pop(name)) for name in SAMPLE_COLUMNS}}
         for row in rows
     ]
     rows = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
-    # a run counts as finished by its rows in the last
-    for file, added in ((harness, tasks), (samples, lists), (path, rows)):
-        if not added:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stored = stored_rows(file)
-        with file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, list(stored[0] if stored else added[0]), lineterminator="\n")
-            if not stored:
-                writer.writeheader()
-            writer.writerows(added)
+    append_rows(beside(path, "samples"), lists)
+    append_rows(path, rows)  # a run counts as finished by these
+
+
+def append_tasks(path: Path, setting: Setting, points: list[dict]) -> None:
+    """Takes what the harness measured out of the points, into the CSV of its own."""
+    rows = [
+        {"run": setting.run, "step": point["step"], **task, "correct": packed(task["correct"])}
+        for point in points
+        for task in point.pop("harness", [])
+    ]
+    append_rows(beside(path, "harness"), rows)
+
+
+def beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.stem}_{kind}.csv")
+
+
+def append_rows(file: Path, rows: list[dict]) -> None:
+    """Under the columns of those before them."""
+    if not rows:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stored = stored_rows(file)
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, list(stored[0] if stored else rows[0]), lineterminator="\n")
+        if not stored:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def packed(values: list) -> str:
@@ -192,7 +214,7 @@ def stored_rows(path: Path) -> list[dict[str, str]]:
 def phases(options: argparse.Namespace, base: Setting) -> tuple[list[Setting], Callable[[float], list[Setting]]]:
     """The runs that choose the learning rate, and those at the rate that was chosen."""
     if options.quick:
-        full = grids.grid(replace(base, learning_rate=1e-4), grids.QUICK_STAGES, grids.SEEDS[:2])
+        full = grids.grid(replace(base, learning_rate=1e-4), grids.QUICK_STAGES)
         return [grids.rate_runs(base)[0]], lambda rate: full
     stages = grids.GENERATED_STAGES if options.data is None else grids.FILE_STAGES
     return grids.rate_runs(base), lambda rate: grids.grid(replace(base, learning_rate=rate), stages)
@@ -220,6 +242,9 @@ def main() -> None:
         if rate() is None:
             print(f"all but those on full data will be at one of the rates {grids.RATES}, whichever these choose")
         return
+    measured = {row["run"] for row in stored_rows(beside(options.output, "harness"))}
+    if inputs.tasks and first[0].run not in measured and not grids.missing(first[:1], stored_rows(options.output)):
+        append_tasks(options.output, first[0], start(first[0], inputs, None))  # the model as it is, run without tasks
     deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else inf
     runner = Runner(options.output, options.jobs, deadline, lambda setting, timeout: start(setting, inputs, timeout))
     runner(first)

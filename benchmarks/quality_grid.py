@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 RATES = (5e-5, 1e-4, 2e-4)
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4)  # where a default depends on the answer
 GENERATED = "tasks"  # the name of the generated data
 RECORDS = 1024  # of training, for one epoch
 FEW_RECORDS = 256  # for four
@@ -110,6 +111,7 @@ class Stage(NamedTuple):
     sample_ratio: float | None = None
     other_rates: bool = False
     records: int | None = None
+    seeds: tuple[int, ...] = SEEDS
 
 
 TELLING = (RANDOM, QTUNING_SAMPLES, KEEP_HIGH, ENTROPY)
@@ -122,9 +124,12 @@ GENERATED_STAGES = (
     Stage((RANDOM, QTUNING_SAMPLES, *RESCORE), ("clean",), records=FEW_RECORDS),
     Stage((FLOAT32_SCORES,), ("clean",)),
     Stage(TELLING, ("trivial50",)),
+    Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("clean",), seeds=MORE_SEEDS),
     Stage((KEEP_HIGH,), ("duplicates50",)),
-    Stage((INFOBATCH, DFT, EAFT), ("clean",)),
-    Stage((RANDOM, QTUNING, QTUNING_SAMPLES), ("clean",), other_rates=True),
+    Stage((DFT,), ("clean",)),
+    Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("exchanged40",), seeds=MORE_SEEDS),
+    Stage((EAFT, INFOBATCH), ("clean",)),
+    Stage((RANDOM, QTUNING_SAMPLES, KEEP_HIGH), ("clean",), other_rates=True),
     Stage(TELLING, ("clean", "exchanged40"), 0.5),
     Stage((INFOBATCH, DFT, EAFT), ("exchanged40", "duplicates50")),
     Stage(TELLING, ("mixed", "exchanged20")),
@@ -140,7 +145,7 @@ FILE_STAGES = (
     Stage((LONGEST, ENTROPY), ("clean", "exchanged40")),
 )
 _QUICK = (Variant("random", steps=30), KEEP_HIGH._replace(steps=30), FULL._replace(steps=15))
-QUICK_STAGES = (Stage(_QUICK, ("exchanged40",)),)
+QUICK_STAGES = (Stage(_QUICK, ("exchanged40",), seeds=SEEDS[:2]),)
 
 
 def rate_runs(base: Setting) -> list[Setting]:
@@ -149,7 +154,7 @@ def rate_runs(base: Setting) -> list[Setting]:
     return [replace(full, learning_rate=0.0, steps=0), *(replace(full, learning_rate=rate) for rate in RATES)]
 
 
-def grid(base: Setting, stages: Iterable[Stage], seeds: Iterable[int] = SEEDS) -> list[Setting]:
+def grid(base: Setting, stages: Iterable[Stage]) -> list[Setting]:
     """The runs in their order: stage by stage, and within one seed by seed, so that a comparison is soon complete."""
     settings = [
         replace(
@@ -168,7 +173,7 @@ def grid(base: Setting, stages: Iterable[Stage], seeds: Iterable[int] = SEEDS) -
         for rate in (
             [rate for rate in RATES if rate != base.learning_rate] if stage.other_rates else [base.learning_rate]
         )
-        for seed in seeds
+        for seed in stage.seeds
         for condition in stage.conditions
         for variant in stage.variants
     ]
@@ -181,8 +186,8 @@ def setting_of(row: dict[str, str]) -> Setting:
     return Setting(**{name: kind(row[name]) for name, kind in kinds.items()})
 
 
-# what the minutes of a run depend on
-_LENGTH = ("data", "policy", "sample_ratio", "token_ratio", "steps", "pool", "held_out")
+_SIMILAR = ("data", "policy", "sample_ratio", "token_ratio", "steps", "pool", "held_out")
+_ALIKE = (*_SIMILAR, "records", "options")
 _TYPES = (str, str, str, float, float, int, float, int, int, int, int, str)
 
 
@@ -204,19 +209,18 @@ def chosen_rate(base: Setting, rows: Iterable[dict[str, str]]) -> float | None:
 
 
 def minutes(setting: Setting, rows: Iterable[dict[str, str]], machine: str) -> float | None:
-    """What the run will take of one processor: the median of those with its policy and ratios at as many steps, on this
-    machine if there are any; else by the longest one of its data per step; None where nothing is known."""
+    """What the run will take of one processor: the median of those that differ in seed, rate or condition alone, on
+    this machine if there are any; else of those with its policy and ratios at as many steps; else by the longest one of
+    its data per step; None where nothing is known."""
     stored = [row for row in rows if row["run_minutes"]]
     for known in ([row for row in stored if row["machine"] == machine], stored):
-        like, per_step = [], []
-        for row in known:
-            other = setting_of(row)
-            if all(getattr(other, name) == getattr(setting, name) for name in _LENGTH):
-                like.append(float(row["run_minutes"]))
-            elif other.data == setting.data and other.steps:
-                per_step.append(float(row["run_minutes"]) / other.steps / other.pool)
-        if like:
-            return statistics.median(like)
+        others = [(setting_of(row), float(row["run_minutes"])) for row in known]
+        for names in (_ALIKE, _SIMILAR):
+            if like := [took for other, took in others if all(getattr(other, n) == getattr(setting, n) for n in names)]:
+                return statistics.median(like)
+        per_step = [
+            took / other.steps / other.pool for other, took in others if other.data == setting.data and other.steps
+        ]
         if per_step:
             return max(per_step) * setting.steps * setting.pool
     return None

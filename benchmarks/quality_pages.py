@@ -1,9 +1,10 @@
-"""The tables and pictures of docs/quality.md, from the two CSV files alone."""
+"""The tables and pictures of docs/quality.md, from the CSV files alone."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from math import isinf
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,15 @@ import numpy as np
 from benchmarks.common import RESULTS, ROOT, fill, markdown, read_rows
 from benchmarks.quality_data import CONDITIONS, KINDS
 from benchmarks.quality_grid import RECORDS
-from benchmarks.quality_statistics import Curve, Difference, at_equal_steps, at_equal_time, curves
+from benchmarks.quality_statistics import (
+    Curve,
+    Difference,
+    at_equal_steps,
+    at_equal_time,
+    curves,
+    on_machine,
+    paired_difference,
+)
 
 BASELINE = "random"
 SMALLEST = 0.125
@@ -60,6 +69,8 @@ def shown(difference: Difference | None, digits: int = 3) -> str:
     """The difference and its interval; bold where the interval supports it."""
     if difference is None:
         return ""
+    if isinf(difference.low):
+        return f"{difference.mean:+.{digits}f}, one seed"
     text = f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
     return f"**{text}**" if difference.shown else text
 
@@ -100,8 +111,8 @@ def grouped(found: list[Curve]) -> Groups:
 def on_one_machine(policies: dict[str, list[Curve]]) -> dict[str, list[Curve]]:
     """With the seconds of the machine that made the most of the runs; without policies of which it made none."""
     machine = Counter(curve.machine for group in policies.values() for curve in group).most_common(1)[0][0]
-    found = {name: [curve.on_machine(machine, group) for curve in group] for name, group in policies.items()}
-    return {name: [curve for curve in group if curve] for name, group in found.items() if None not in group}
+    there = {name: group for name, group in policies.items() if any(curve.machine == machine for curve in group)}
+    return {name: [on_machine(curve, machine, group) for curve in group] for name, group in there.items()}
 
 
 def at_chosen_rate(found: list[Curve]) -> list[Curve]:
@@ -176,23 +187,37 @@ def planted_table(groups: Groups) -> str:
 
 
 def harness_table(groups: Groups, untrained: list[dict[str, str]], tasks: list[dict[str, str]]) -> str:
-    """Accuracies of lm-evaluation-harness: the mean over seeds, the lowest and the highest, and the standard error of
-    one over its questions. `untrained` are the rows of runs of no step, `tasks` those of the harness."""
-    runs = [((row["data"], "", "", "before training"), [row["run"]]) for row in untrained]
-    for (data, ratio, condition), policies in groups.items():
-        for name, group in policies.items():
-            runs.append(((data, f"{ratio:.1%}", condition, name), [curve.setting.run for curve in group]))
-    rows = []
-    for of, names in runs:
-        own = [row for row in tasks if row["run"] in names]
-        for task in dict.fromkeys(row["task"] for row in own):
-            of_task = [row for row in own if row["task"] == task]
-            found = [float(row["accuracy"]) for row in of_task]
-            error = np.mean([float(row["stderr"]) for row in of_task])
-            spread = f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-            rows.append([*of, len(found), of_task[0]["step"], task, of_task[0]["questions"], spread, f"{error:.3f}"])
-    head = ["data", "samples", "condition", "policy", "seeds", "steps", "task", "questions", "accuracy (seeds)"]
-    return markdown([*head, "standard error"], rows)
+    """Accuracies of lm-evaluation-harness: the mean over seeds, the mean of their standard errors over questions, and
+    the paired difference from chance. `untrained` are the rows of runs of no step, `tasks` those of the harness."""
+    stored = {(row["run"], row["task"]): row for row in tasks}
+
+    def measured(group: list[Curve], task: str) -> dict[int, dict[str, str]]:
+        runs = {curve.setting.seed: (curve.setting.run, task) for curve in group}
+        return {seed: stored[run] for seed, run in runs.items() if run in stored}
+
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in tasks):
+        found = [((row["data"], "", "before training"), [stored.get((row["run"], task))], "") for row in untrained]
+        for (data, _, condition), policies in groups.items():
+            chance = measured(policies.get(BASELINE, []), task)
+            for name, group in policies.items():
+                own = measured(group, task)
+                pairs = [(own[seed]["correct"], chance[seed]["correct"]) for seed in own if seed in chance]
+                difference = ""
+                if pairs and name != BASELINE:
+                    first, second = np.array([[list(map(float, side)) for side in pair] for pair in pairs]).swapaxes(
+                        0, 1
+                    )
+                    difference = shown(paired_difference(first, second, np.ones(first.shape[1])), 2)
+                found.append(((data, condition, name), list(own.values()), difference))
+        for of, rows, difference in found:
+            rows = [row for row in rows if row]
+            if rows:
+                accuracy, error = (np.mean([float(row[name]) for row in rows]) for name in ("accuracy", "stderr"))
+                size = len(rows[0]["correct"])
+                lines.append([task, size, *of, len(rows), rows[0]["step"], f"{accuracy:.3f} ± {error:.3f}", difference])
+    head = ["task", "questions", "data", "condition", "policy", "seeds", "steps", "accuracy ± standard error"]
+    return markdown([*head, f"difference from {BASELINE}"], lines)
 
 
 def plot_over_seconds(groups: Groups, path: Path) -> bool:

@@ -73,21 +73,23 @@ def counts_until(rows: list[dict], planted: list[str], step: int) -> dict[str, i
 
 
 def harness(model: Any, tokenizer: Any, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracies of the tasks with their standard errors over questions, a row each; the measure is ``acc``."""
+    """Accuracies of the tasks with their standard errors over questions, and which answers were right, a row each.
+
+    Raises:
+        ValueError: a task has no measure ``acc``.
+    """
     from qtuning_kernels.commands.evaluate import harness_results
 
     training = model.training
-    found = harness_results(model, tokenizer, tasks, apply_chat_template=True)
+    found = harness_results(model, tokenizer, tasks, apply_chat_template=True, log_samples=True)
     model.train(training)
-    return [
-        {
-            "task": name,
-            "accuracy": row["acc,none"],
-            "stderr": row["acc_stderr,none"],
-            "questions": found["n-samples"][name]["effective"],
-        }
-        for name, row in found["results"].items()
-    ]
+    rows = []
+    for name, row in found["results"].items():
+        if "acc,none" not in row:
+            raise ValueError(f"task {name} has no measure acc; accepted: tasks with one")
+        right = [bool(sample["acc"]) for sample in sorted(found["samples"][name], key=lambda each: each["doc_id"])]
+        rows.append({"task": name, "accuracy": row["acc,none"], "stderr": row["acc_stderr,none"], "correct": right})
+    return rows
 
 
 class Stopwatch:

@@ -229,9 +229,9 @@ class Bench:
         return step
 
     def config(self, policy: str = "qtuning", **settings: object) -> QTuningConfig:
-        """At the ratios of the command line, unless others are given."""
-        ratios = {"sample_ratio": self.options.sample_ratio, "token_ratio": self.options.token_ratio}
-        return QTuningConfig(policy=policy, record=False, **(ratios | settings))
+        """At the ratios of the command line and with the paper's order of tokens, unless others are given."""
+        given = {"sample_ratio": self.options.sample_ratio, "token_ratio": self.options.token_ratio}
+        return QTuningConfig(policy=policy, record=False, **(given | {"token_order": "keep_low"} | settings))
 
     def trainer(self, config: QTuningConfig, reference: dict | None = None) -> QTuningTrainer:
         return QTuningTrainer(

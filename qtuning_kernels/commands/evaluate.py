@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="measure accuracy on tasks of lm-evaluation-harness",
         description="Evaluate a model on tasks of lm-evaluation-harness (the extra eval), from YAML files of theirs. "
         "Nothing is fetched where a file names local data, by paths from the current folder.",
-        epilog="example: qtuning eval runs/mine/final --tasks sums.yaml --output accuracy.json",
+        epilog="example: qtuning eval runs/mine/final --tasks sums.yaml --apply-chat-template --output accuracy.json",
     )
     parser.add_argument("model", nargs="?", metavar="[MODEL]", help="folder, or name on the hub; or the embedded one")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="FILE", help="YAML files of tasks")
@@ -46,18 +46,22 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.apply_chat_template and tokenizer.chat_template is None:
         raise ValueError(f"--apply-chat-template: the tokenizer of {source} has no chat template")
     model = load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
-    found = harness_results(model, tokenizer, arguments.tasks, arguments.apply_chat_template, arguments.batch_size)
+    chat = arguments.apply_chat_template
+    found = harness_results(
+        model, tokenizer, arguments.tasks, arguments.batch_size, apply_chat_template=chat, log_samples=False
+    )
     print(make_table(found))
     if arguments.output is not None:
         with write_atomic(arguments.output) as temporary:
-            kept = {"model": source} | {name: found[name] for name in ("results", "n-samples", "configs")}
+            kept = {"model": source, "apply_chat_template": chat}
+            kept |= {name: found[name] for name in ("results", "n-samples", "configs")}
             temporary.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def harness_results(
-    model: Any, tokenizer: Any, tasks: Sequence[str], apply_chat_template: bool, batch_size: int = 8
+    model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 8, **options: Any
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` returns for tasks of YAML files. No state of a random generator is changed."""
+    """What `lm_eval.simple_evaluate` returns for tasks of YAML files; `options` are its own. It seeds no generator."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -69,7 +73,6 @@ def harness_results(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         task_manager=TaskManager(include_defaults=False),
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
         **seeds,
+        **options,
     )

@@ -16,7 +16,7 @@ from benchmarks.common import ROOT, read_rows
 from benchmarks.quality_data import CHAT_TEMPLATE, CONDITIONS, file_split, generated_split, plant, tokenized
 from benchmarks.quality_grid import Inputs, Setting
 from benchmarks.quality_measures import result_tokens, token_measures
-from benchmarks.quality_run import counts_until, qtuning_config, run
+from benchmarks.quality_run import counts_until, harness, qtuning_config, run
 from benchmarks.quality_statistics import Curve, at_equal_time, curves, paired_difference
 from qtuning_kernels.data.samples import to_sample
 from qtuning_kernels.pruning.policies import make_policy
@@ -96,21 +96,20 @@ def test_the_tokens_of_the_result_are_those_behind_its_mark():
     assert not any(result_tokens(labels, tokenizer, ""))
 
 
-def test_a_bootstrap_interval_covers_as_often_as_it_says():
-    """Differences of seed + sample + noise with a known mean: of 300 intervals at 95 % between 90 % and 98 % cover it.
-
-    With n instead of n − 1 draws of the three seeds fewer than 85 % would.
-    """
+@pytest.mark.parametrize("of_seed", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_an_interval_covers_as_often_as_it_says(seeds, of_seed):
+    """Differences of seed + sample + noise with a known mean: of 1,000 intervals at 95 % between 93 % and all but a few
+    cover it. Where seeds differ most, the percentiles of a bootstrap over three would cover three in four."""
     rng = np.random.default_rng(5)
     covered = 0
-    weight = np.ones(60)
-    for _ in range(300):
-        # twelve seeds: of three no interval of percentiles reaches 95 %
-        difference = 0.3 + rng.normal(0, 0.1, (12, 1)) + rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (12, 60))
-        base = rng.normal(2, 1, (1, 60)).repeat(12, 0)
-        found = paired_difference(base + difference, base, weight, draws=400)
+    weight = rng.integers(1, 20, 60).astype(float)
+    for _ in range(1000):
+        each = rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (seeds, 60))
+        base = rng.normal(2, 1, (1, 60)).repeat(seeds, 0)
+        found = paired_difference(base + weight * (0.3 + each), base, weight)
         covered += found.low <= 0.3 <= found.high
-    assert 0.9 <= covered / 300 <= 0.985
+    assert 0.93 <= covered / 1000 <= 0.995
 
 
 def test_a_difference_is_a_ratio_of_sums_over_tokens():
@@ -118,7 +117,9 @@ def test_a_difference_is_a_ratio_of_sums_over_tokens():
     found = paired_difference(first, second, tokens)
     assert found.by_seed == pytest.approx(((3 + 6) / 4, (1 + 4) / 4))
     assert found.mean == pytest.approx(1.75)
-    assert found.low >= min(1.0, 4 / 3) - 1e-9  # the least that a draw of one sample and one seed can give
+    # over two seeds 12.7 standard errors of 1/2; over samples, of residuals 2 - 1.75 and 5 - 3 · 1.75 from the mean
+    half = np.hypot(12.706 * 0.5, 1.96 * np.sqrt(2 * (0.25**2 + 0.25**2)) / 4)
+    assert (found.low, found.high) == pytest.approx((1.75 - half, 1.75 + half))
     assert not found.shown  # two seeds show nothing
 
 
@@ -132,13 +133,13 @@ def curve(seed, machine, seconds):
 
 def test_equal_time_is_that_of_one_processor():
     """The second policy is as good per step and twice as fast; one of its seeds was run where all takes ten times as
-    long. By the clock alone that seed would lie 1.6 nats behind the first policy and not 1 ahead."""
-    first = [curve(seed, "one", 20.0) for seed in (0, 1)]
-    found = at_equal_time([curve(0, "one", 10.0), curve(1, "two", 100.0)], first)
-    assert found.by_seed == pytest.approx((-1.0, -1.0))
-    alone = at_equal_time([curve(0, "two", 100.0)], first)
-    assert alone is None  # there is no run that says how long it takes on the other
-    assert at_equal_time([curve(0, "two", 100.0), curve(1, "one", 10.0)], first[:1]).by_seed == pytest.approx((-1.0,))
+    long, and one beside others. By the clock alone those would lie behind the first policy and not 1 nat ahead."""
+    first = [curve(seed, "one", 20.0) for seed in (0, 1, 2)]
+    second = [curve(0, "one", 10.0), curve(1, "two", 100.0), curve(2, "one", 25.0)]
+    assert at_equal_time(second, first).by_seed == pytest.approx((-1.0, -1.0, -1.0))
+    assert at_equal_time(second, [*first, curve(3, "two", 200.0)]).by_seed == pytest.approx((-1.0, -1.0, -1.0))
+    assert at_equal_time(second[1:2], first) is None  # no processor has run both
+    assert at_equal_time(first[:1], second[2:]) is None  # they have no seed in common
 
 
 def test_tables_have_the_seconds_of_the_machine_of_most_runs():
@@ -175,22 +176,35 @@ def test_a_row_stands_under_the_columns_of_those_before_it(tmp_path):
 
 
 def test_accuracies_of_the_harness_stand_by_policy(tmp_path):
-    """Two seeds of one policy, measured before their last point, and the model before them."""
+    """Three seeds of a policy and of chance, measured before their last point, and the model before them."""
     lists = {"sample_nll": [1.0], "sample_tokens": [2], "sample_correct": [True]}
     output = tmp_path / "quality.csv"
-    groups = {("file/data", 0.125, "clean"): {"full": [curve(seed, "here", 1.0) for seed in (0, 1)]}}
-    start = replace(BASE, steps=0)
-    for setting, step, accuracy in ((start, 0, 0.25), (BASE, 4, 0.5), (replace(BASE, seed=1), 4, 0.75)):
-        task = {"task": "sums", "accuracy": accuracy, "stderr": accuracy / 10, "questions": 40}
+    policies = {"random": [curve(seed, "here", 1.0) for seed in range(3)]}
+    policies["other"] = [each._replace(setting=replace(each.setting, policy="other")) for each in policies["random"]]
+    runs = [(replace(BASE, steps=0), 0, 10)]
+    runs += [(each.setting, 4, 20 if name == "random" else 28) for name in policies for each in policies[name]]
+    for setting, step, right in runs:
+        task = {
+            "task": "sums",
+            "accuracy": right / 40,
+            "stderr": right / 400,
+            "correct": [i < right for i in range(40)],
+        }
         later = [{"step": step + 1} | lists] if step else []
         quality.append(output, setting, [{"step": step, "harness": [task]} | lists, *later])
     assert "harness" not in read_rows(output)[0]
     table = quality_pages.harness_table(
-        groups, [row for row in read_rows(output) if row["steps"] == "0"], read_rows(tmp_path / "quality_harness.csv")
+        {("file/data", 0.125, "clean"): policies},
+        [row for row in read_rows(output) if row["steps"] == "0"],
+        read_rows(tmp_path / "quality_harness.csv"),
     )
+    # 8 of 40 more in every seed: the interval is that over questions, of a share of 0.2
+    half = 1.96 * np.sqrt(0.2 * 0.8 / 39)
+    difference = f"+0.20 [{0.2 - half:+.2f}, {0.2 + half:+.2f}]"
     assert table.splitlines()[2:] == [
-        "| file/data |  |  | before training | 1 | 0 | sums | 40 | 0.250 (0.250 to 0.250) | 0.025 |",
-        "| file/data | 12.5% | clean | full | 2 | 4 | sums | 40 | 0.625 (0.500 to 0.750) | 0.062 |",
+        "| sums | 40 | file/data |  | before training | 1 | 0 | 0.250 ± 0.025 |  |",
+        "| sums | 40 | file/data | clean | random | 3 | 4 | 0.500 ± 0.050 |  |",
+        f"| sums | 40 | file/data | clean | other | 3 | 4 | 0.700 ± 0.070 | **{difference}** |",
     ]
 
 
@@ -199,24 +213,24 @@ def test_tasks_of_the_harness_are_measured_once_a_run(inputs, one_thread, monkey
     monkeypatch.setattr("benchmarks.quality_run.POINTS", (2,))
     monkeypatch.setattr("benchmarks.quality_run.HARNESS_STEP", 2)
     calls = []
-    found = {
-        "results": {"sums": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
-        "n-samples": {"sums": {"original": 30, "effective": 26}},
-    }
 
-    def results(model, tokenizer, tasks, apply_chat_template):
-        calls.append((model.training, tasks, apply_chat_template))
-        return found
+    def results(model, tokenizer, tasks, **options):
+        calls.append((model.training, tasks, options))
+        model.eval()
+        return {
+            "results": {"sums": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+            "samples": {"sums": [{"doc_id": i, "acc": float(i < 2)} for i in (2, 0, 1, 3)]},
+        }
 
     monkeypatch.setattr("qtuning_kernels.commands.evaluate.harness_results", results)
     setting = replace(BASE, policy="qtuning", sample_ratio=0.5)
     with_tasks, without = run(setting, replace(inputs, tasks=("a.yaml",))), run(setting, inputs)
     assert [point.pop("harness", None) for point in with_tasks] == [
-        [{"task": "sums", "accuracy": 0.5, "stderr": 0.1, "questions": 26}],
+        [{"task": "sums", "accuracy": 0.5, "stderr": 0.1, "correct": [True, True, False, False]}],
         None,
     ]
     assert [(p["step"], p["sample_nll"]) for p in with_tasks] == [(p["step"], p["sample_nll"]) for p in without]
-    assert [call[1:] for call in calls] == [(("a.yaml",), True)]
+    assert calls == [(True, ("a.yaml",), {"apply_chat_template": True, "log_samples": True})]
 
 
 def test_the_questions_of_the_gsm8k_task():
@@ -224,21 +238,47 @@ def test_the_questions_of_the_gsm8k_task():
     choices = runpy.run_path(str(TASKS / "gsm8k_operation.py"))["choices"]
     assert choices("Each costs 8 / 2 = $<<8/2=4>>4 now.\nSo 4*3 = <<4*3=12>>12.\n#### 12") == {
         "begin": "Each costs ",
-        "choices": [
-            "8+2 = <<8+2=10>>10",
-            "8-2 = <<8-2=6>>6",
-            "8*2 = <<8*2=16>>16",
-            "8/2 = <<8/2=4>>4",
-        ],
+        "choices": ["8+2 =", "8-2 =", "8*2 =", "8/2 ="],
         "right": 3,
     }
     for other in (
         "No step.",
         "On day 2 he has 8*2=<<8*2=16>>16",
         "8*2=<<8*2=16>>16 and 1+1=<<1+1=2>>2",
-        "2*2=<<2*2=4>>4",
+        "8*2=<<8*3=24>>24",
     ):
         assert choices(other) is None
+
+
+def test_the_gsm8k_task_asks_for_the_sign(inputs, tmp_path, monkeypatch):
+    """Its file through the harness on a model of bytes, against the log-probabilities of the four continuations."""
+    pytest.importorskip("lm_eval", reason="needs the eval extra: lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+    answers = [
+        f"Then {begin}{i + 3}{'+-*/'[i % 4]}{i} = <<{i + 3}{'+-*/'[i % 4]}{i}="
+        for begin in ("", "it takes ")
+        for i in range(1, 9)
+    ]
+    docs = [{"question": f"What is it, {i}?", "answer": f"{text}7>>7 now."} for i, text in enumerate(answers)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs.model)
+    right = []
+    for doc, i in zip(docs, 2 * list(range(1, 9)), strict=True):
+        message = [{"role": "user", "content": doc["question"]}]
+        begin = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        begin += doc["answer"][: doc["answer"].index(str(i + 3))]
+        sums = []
+        for sign in "+-*/":
+            ids = torch.tensor([tokenizer(f"{begin}{i + 3}{sign}{i} =").input_ids])
+            logp = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
+            sums.append(logp[len(tokenizer(begin).input_ids) - 1 :].sum().item())
+        right.append(i % 4 == int(np.argmax(sums)))
+    (found,) = harness(model, tokenizer, [str(TASKS / "gsm8k_operation.yaml")])
+    assert found["correct"] == right
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert 0 < np.mean(right) < 1
 
 
 def test_a_row_gives_its_setting_back():

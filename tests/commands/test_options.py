@@ -248,7 +248,7 @@ def test_the_papers_settings_are_accepted(tmp_path):
     arguments = cli.parse(["train", "--config", str(file)])
     expected = {"sample_ratio": 0.125, "token_ratio": 0.5, "neighbor_weight": 0.5, "triage_method": "bisect"}
     config = qtuning_config(arguments)
-    assert config == QTuningConfig(**expected, token_mode="drop", selection_scope="rank")
+    assert config == QTuningConfig(**expected, token_mode="drop", token_order="keep_low", selection_scope="rank")
     made = train._training_arguments(arguments, tmp_path)
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps, made.num_train_epochs) == (8, 4, 3)
     assert (made.learning_rate, made.lr_scheduler_type, made.warmup_steps) == (1e-4, "cosine", 0)
