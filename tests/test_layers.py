@@ -20,7 +20,7 @@ KERNELS_OF_TRITON = "triton_kernels"  # beside the package, installed as a folde
 ALLOWED_TO_TRITON = ("kernels.contract", KERNELS_OF_TRITON)
 MOST_LINES_OF_A_FILE = 350
 # 11,000 is the aim; over it are the policies, many processes, what users bring as data, the command line, the report
-MOST_LINES = 12_851
+MOST_LINES = 12_856
 SOURCES = (PACKAGE, KERNELS_OF_TRITON, "csrc")
 MADE = {".so", ".json", ".pyc"}  # by a build
 
