@@ -245,7 +245,9 @@ def plot_over_seconds(groups: Groups, path: Path) -> bool:
     for axis in axes[-1]:
         axis.set_xlabel("seconds of training, one thread")
     lines = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(measures), frameon=False, fontsize=8)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(measures), frameon=False, fontsize=8
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
