@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def unpacked(tracked, tmp_path_factory) -> Path:
         (checkout / name).touch()
     setup_py(checkout, "sdist", "--dist-dir", str(folder))
     (file,) = folder.glob("*.tar.gz")
-    with tarfile.open(file) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(file, folder)
     return folder / file.name.removesuffix(".tar.gz")
 
 
