@@ -126,6 +126,7 @@ GENERATED_STAGES = (
     Stage(TELLING, ("trivial50",)),
     Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("clean",), seeds=MORE_SEEDS),
     Stage((KEEP_HIGH,), ("duplicates50",)),
+    Stage((QTUNING,), ("trivial50",)),
     Stage((DFT,), ("clean",)),
     Stage((RANDOM, QTUNING, QTUNING_SAMPLES, KEEP_HIGH), ("exchanged40",), seeds=MORE_SEEDS),
     Stage((EAFT, INFOBATCH), ("clean",)),
