@@ -107,6 +107,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def stored_rows(path: Path) -> list[dict[str, str]]:
+    """As `read_rows`; none where there is no file yet."""
+    return read_rows(path) if path.exists() else []
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The CSV of that kind that belongs to another."""
+    return path.with_name(f"{path.stem}_{kind}.csv")
+
+
 def markdown(head: list[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]

@@ -25,7 +25,7 @@ from math import inf, isinf
 from pathlib import Path
 
 from benchmarks import quality_grid as grids
-from benchmarks.common import RESULTS, ROOT, machine_name, read_rows
+from benchmarks.common import RESULTS, ROOT, beside, machine_name, stored_rows
 from benchmarks.quality_grid import Inputs, Setting
 
 SAMPLE_COLUMNS = ("sample_nll", "sample_tokens", "sample_correct")  # lists: a file of their own
@@ -108,10 +108,6 @@ def append_tasks(path: Path, setting: Setting, points: list[dict]) -> None:
         for task in point.pop("harness", [])
     ]
     append_rows(beside(path, "harness"), rows)
-
-
-def beside(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.stem}_{kind}.csv")
 
 
 def append_rows(file: Path, rows: list[dict]) -> None:
@@ -205,10 +201,6 @@ class Runner:
                     return setting
                 self.left_out.append(setting)
         return None
-
-
-def stored_rows(path: Path) -> list[dict[str, str]]:
-    return read_rows(path) if path.exists() else []
 
 
 def phases(options: argparse.Namespace, base: Setting) -> tuple[list[Setting], Callable[[float], list[Setting]]]:

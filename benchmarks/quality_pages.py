@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, ROOT, fill, markdown, read_rows
+from benchmarks.common import RESULTS, ROOT, beside, fill, markdown, read_rows, stored_rows
 from benchmarks.quality_data import CONDITIONS, KINDS
 from benchmarks.quality_grid import RECORDS
 from benchmarks.quality_statistics import (
@@ -205,9 +205,7 @@ def harness_table(groups: Groups, untrained: list[dict[str, str]], tasks: list[d
                 pairs = [(own[seed]["correct"], chance[seed]["correct"]) for seed in own if seed in chance]
                 difference = ""
                 if pairs and name != BASELINE:
-                    first, second = np.array([[list(map(float, side)) for side in pair] for pair in pairs]).swapaxes(
-                        0, 1
-                    )
+                    first, second = (np.array([list(map(float, pair[side])) for pair in pairs]) for side in (0, 1))
                     difference = shown(paired_difference(first, second, np.ones(first.shape[1])), 2)
                 found.append(((data, condition, name), list(own.values()), difference))
         for of, rows, difference in found:
@@ -295,7 +293,7 @@ def _pyplot():
 def draw(path: Path) -> None:
     """Pictures beside the CSV, for each data set and budget; the text into docs/quality.md, if the CSV is its own, else
     to the screen."""
-    samples, harness = (path.with_name(f"{path.stem}_{kind}.csv") for kind in ("samples", "harness"))
+    samples = beside(path, "samples")
     if not path.exists() or not samples.exists():
         raise SystemExit(f"{path} or {samples.name} is not there: no run has finished")
     rows = read_rows(path)
@@ -318,7 +316,7 @@ def draw(path: Path) -> None:
         ),
         "Measures": measure_table(groups),
         "Tasks of lm-evaluation-harness": harness_table(
-            groups, [row for row in rows if row["steps"] == "0"], read_rows(harness) if harness.exists() else []
+            groups, [row for row in rows if row["steps"] == "0"], stored_rows(beside(path, "harness"))
         ),
         "Planted flaws": planted_table(groups),
     }

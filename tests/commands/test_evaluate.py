@@ -36,12 +36,18 @@ def accuracy(model, rows, begin=lambda question: f"{question} "):
     return right / len(rows)
 
 
-def test_accuracy_of_a_local_task(model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """What the task asks, its file and data in the current folder."""
     pytest.importorskip("lm_eval", reason="needs the eval extra: lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = sums(24)
-    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = sums(24)
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     shutil.copy(TASK, "task.yaml")
+    return made
+
+
+def test_accuracy_of_a_local_task(model, rows, capsys):
     assert cli.main(["eval", str(model), "--tasks", "task.yaml", "--output", "found.json"]) == 0
     expected = accuracy(model, rows)
     assert 0 < expected < 1
@@ -55,12 +61,7 @@ def test_accuracy_of_a_local_task(model, tmp_path, monkeypatch, capsys):
     assert found["results"]["sums"]["acc_stderr,none"] == pytest.approx(stderr)
 
 
-def test_a_question_stands_in_the_chat_template_where_that_is_asked_for(model, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval", reason="needs the eval extra: lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = sums(24)
-    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(TASK, "task.yaml")
+def test_a_question_stands_in_the_chat_template_where_that_is_asked_for(model, rows, capsys):
     command = ["eval", "chat", "--tasks", "task.yaml", "--apply-chat-template", "--output", "found.json"]
     shutil.copytree(model, "chat")
     assert cli.main(command) == 1
